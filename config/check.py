@@ -1,0 +1,194 @@
+"""Refusals that need more than one field's type: ranges, and fields that contradict each other.
+
+Every message names the field, what it holds and what to write instead.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from operator import attrgetter
+
+from config.schema import AnchorGenerate, Config
+from config.section import leaves
+
+_AT_LEAST_ONE = (
+    "General.batch_image",
+    "General.log_frequency",
+    "BackboneParam.num_filter",
+    "NeckParam.dim_reduced",
+    "NeckParam.num_stage",
+    "RpnParam.head.conv_channel",
+    "RpnParam.head.num_conv",
+    "RpnParam.proposal.pre_nms_top_n",
+    "TestParam.batch_image",
+    "TestParam.max_det_per_image",
+    "ResizeParam.short",
+    "ResizeParam.long",
+    "PadParam.max_num_gt",
+)
+_AT_LEAST_ZERO = (
+    "General.seed",
+    "General.loader_worker",
+    "NormalizeParam.wd_mult",
+    "RpnParam.focal_loss.gamma",
+    "OptimizeParam.optimizer.wd",
+    "OptimizeParam.schedule.begin_epoch",
+    "OptimizeParam.warmup.epoch",
+    "TestParam.eval_epoch",
+    "AnchorTarget2DParam.assign.allowed_border",
+)
+_ABOVE_ZERO = (
+    "OptimizeParam.optimizer.lr_per_image",
+    "OptimizeParam.optimizer.lr",
+    "OptimizeParam.optimizer.clip_gradient",
+    "OptimizeParam.schedule.lr_factor",
+    "OptimizeParam.warmup.lr_factor",
+    "ResizeParam.scale_min",
+)
+_ZERO_TO_ONE = (
+    "RpnParam.proposal.min_det_score",
+    "RpnParam.focal_loss.alpha",
+    "OptimizeParam.optimizer.momentum",
+    "OptimizeParam.warmup.lr_factor",
+    "TestParam.min_det_score",
+    "TestParam.nms.thr",
+    "AnchorTarget2DParam.assign.pos_thr",
+    "AnchorTarget2DParam.assign.neg_thr",
+    "AnchorTarget2DParam.assign.min_pos_thr",
+)
+
+
+def check(config: Config) -> None:
+    """Raises ValueError for the first field that cannot work, before anything is derived."""
+    _check_required(config)
+    _check_ranges(config)
+    _check_run(config)
+    _check_network(config)
+    _check_input(config)
+    _check_assignment(config)
+    _check_schedule(config)
+
+
+def _check_required(config: Config) -> None:
+    for key, section, entry in leaves(config):
+        if "required" in entry.metadata and not hasattr(section, entry.name):
+            raise ValueError(f"{key} is not set; the config file must, such as {entry.metadata['required']}")
+
+
+def _check_ranges(config: Config) -> None:
+    rules = (
+        (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
+        (_AT_LEAST_ZERO, "0 or more", lambda value: value >= 0),
+        (_ABOVE_ZERO, "more than 0", lambda value: value > 0),
+        (_ZERO_TO_ONE, "0 to 1", lambda value: 0 <= value <= 1),
+    )
+    for keys, expected, holds in rules:
+        for key in keys:
+            value = attrgetter(key)(config)
+            if value is not None and not holds(value):
+                raise ValueError(f"{key}: expected {expected}, got {value!r}")
+
+
+def _check_run(config: Config) -> None:
+    if config.General.name == "":
+        raise ValueError("General.name: expected a folder name or None (the config file's stem), got ''")
+    gpus = config.KvstoreParam.gpus
+    if len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus):
+        raise ValueError(f"KvstoreParam.gpus: expected different device numbers from 0 on, got {gpus}")
+    image_sets = config.DatasetParam.image_set
+    if not image_sets or len(set(image_sets)) != len(image_sets):
+        raise ValueError(
+            f"DatasetParam.image_set: expected one or more different image sets, such as "
+            f"('coco_train2017',), got {image_sets}"
+        )
+    if config.TestParam.eval_epoch and config.TestParam.eval_image_set is None:
+        raise ValueError(
+            f"TestParam.eval_epoch is {config.TestParam.eval_epoch}, but there is nothing to evaluate on; "
+            f"name images, such as TestParam.eval_image_set='coco_val2017', or write TestParam.eval_epoch=0"
+        )
+
+
+def _check_network(config: Config) -> None:
+    if config.NeckParam.S0_kernel < 1 or config.NeckParam.S0_kernel % 2 == 0:
+        raise ValueError(
+            f"NeckParam.S0_kernel: expected an odd number (1, 3, ...), so that the sides stay; "
+            f"got {config.NeckParam.S0_kernel}"
+        )
+    anchor = config.RpnParam.anchor_generate
+    for name, values in (("scale", anchor.scale), ("ratio", anchor.ratio)):
+        if not values or min(values) <= 0:
+            raise ValueError(f"RpnParam.anchor_generate.{name}: expected positive numbers, got {values}")
+    if anchor.stride != AnchorGenerate().stride:
+        raise ValueError(
+            f"RpnParam.anchor_generate.stride: expected {AnchorGenerate().stride}, the strides of the "
+            f"pyramid's levels, got {anchor.stride}; for other box sizes change anchor_generate.scale"
+        )
+    num_class = config.RpnParam.num_class
+    if num_class is not None and num_class < 2:
+        raise ValueError(
+            f"RpnParam.num_class: expected the foreground classes + 1, at least 2, got {num_class}; "
+            f"None counts them in the annotations"
+        )
+
+
+def _check_input(config: Config) -> None:
+    resize = config.ResizeParam
+    coarsest = max(config.RpnParam.anchor_generate.stride)
+    for name, side in (("short", resize.short), ("long", resize.long)):
+        if side % coarsest:
+            below = side // coarsest * coarsest
+            choice = f"{below} or {below + coarsest}" if below else f"{coarsest}"
+            raise ValueError(
+                f"ResizeParam.{name}: expected a multiple of {coarsest}, the coarsest stride, got {side}; "
+                f"write {choice}"
+            )
+    if resize.short > resize.long:
+        raise ValueError(
+            f"ResizeParam.short ({resize.short}) exceeds ResizeParam.long ({resize.long}); set both, such as "
+            f"ResizeParam.short={resize.short} and ResizeParam.long={resize.short}"
+        )
+    if resize.scale_min > resize.scale_max:
+        raise ValueError(
+            f"ResizeParam.scale_min ({resize.scale_min}) exceeds ResizeParam.scale_max ({resize.scale_max}); "
+            f"set both, such as 0.8 and 1.2"
+        )
+    if config.RenameParam.mapping.get("image") != "data":
+        raise ValueError(
+            f"RenameParam.mapping: expected 'image' to become 'data', the graph's input, got "
+            f"{config.RenameParam.mapping}"
+        )
+    if min(config.NormParam.std) <= 0:
+        raise ValueError(f"NormParam.std: expected positive numbers, got {config.NormParam.std}")
+
+
+def _check_assignment(config: Config) -> None:
+    assign = config.AnchorTarget2DParam.assign
+    for name, threshold in (("neg_thr", assign.neg_thr), ("min_pos_thr", assign.min_pos_thr)):
+        if threshold > assign.pos_thr:
+            raise ValueError(
+                f"AnchorTarget2DParam.assign.{name} ({threshold}) exceeds pos_thr ({assign.pos_thr}); "
+                f"lower it to {assign.pos_thr} or raise pos_thr to {threshold}"
+            )
+
+
+def _check_schedule(config: Config) -> None:
+    schedule, warmup = config.OptimizeParam.schedule, config.OptimizeParam.warmup
+    if schedule.begin_epoch >= schedule.end_epoch:
+        raise ValueError(
+            f"OptimizeParam.schedule: expected begin_epoch below end_epoch, got {schedule.begin_epoch} and "
+            f"{schedule.end_epoch}"
+        )
+    inside = all(0 < epoch < schedule.end_epoch for epoch in schedule.lr_epoch)
+    if not inside or any(first >= second for first, second in pairwise(schedule.lr_epoch)):
+        steps = f"{0.6 * schedule.end_epoch:g},{0.8 * schedule.end_epoch:g}"
+        raise ValueError(
+            f"OptimizeParam.schedule.lr_epoch: expected growing epochs between 0 and end_epoch "
+            f"({schedule.end_epoch}), got {schedule.lr_epoch}; write such as {steps} (the published "
+            f"fractions), or () for a constant lr"
+        )
+    first_change = min((*schedule.lr_epoch, schedule.end_epoch))
+    if warmup.epoch > first_change:
+        raise ValueError(
+            f"OptimizeParam.warmup.epoch: expected a warm-up that is over by epoch {first_change:g}, "
+            f"where lr_epoch or the training ends it, got {warmup.epoch:g}; write at most {first_change:g}"
+        )

@@ -1,0 +1,140 @@
+"""What follows from a config: one function a concern, each from fields that are already complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from config.schema import Config
+from config.section import fill
+from core.image_set import PUBLISHED, class_names, resolve
+from symbol.layers import normalizer_factory
+
+
+def derive(config: Config, stem: str, is_train: bool) -> None:
+    """Fills every derived field. `stem` is the config file's, the experiment's name where none is set.
+
+    Raises ValueError where the classes of the image sets contradict each other or RpnParam.num_class, and
+    FileNotFoundError where they cannot be counted.
+    """
+    _derive_names(config, stem)
+    _derive_copies(config)
+    _derive_normalizer(config)
+    _derive_feature_sides(config)
+    _derive_classes(config)
+    _derive_learning_rate(config)
+    _derive_graphs(config, is_train)
+    _derive_input(config, is_train)
+
+
+def _derive_names(config: Config, stem: str) -> None:
+    if config.General.name is None:
+        config.General.name = stem
+    prefix = Path(config.General.output_root) / config.General.name / "checkpoint"
+    fill(config.TestParam.model, "prefix", str(prefix))
+
+
+def _derive_copies(config: Config) -> None:
+    fill(config.KvstoreParam, "batch_image", config.General.batch_image)
+    for section in (config.KvstoreParam, config.BackboneParam, config.NeckParam, config.RpnParam):
+        fill(section, "fp16", config.General.fp16)
+
+
+def _derive_normalizer(config: Config) -> None:
+    normalizer = normalizer_factory(
+        type=config.NormalizeParam.type, ndev=_num_device(config), wd_mult=config.NormalizeParam.wd_mult
+    )
+    for section in (config.NormalizeParam, config.BackboneParam, config.NeckParam, config.RpnParam):
+        fill(section, "normalizer", normalizer)
+
+
+def _derive_feature_sides(config: Config) -> None:
+    anchor, generate = config.RpnParam.anchor_generate, config.AnchorTarget2DParam.generate
+    short, long = config.ResizeParam.short, config.ResizeParam.long
+    fill(config.PadParam, "short", short)
+    fill(config.PadParam, "long", long)
+    fill(generate, "stride", anchor.stride)
+    fill(generate, "scales", anchor.scale)
+    fill(generate, "aspects", anchor.ratio)
+    fill(generate, "short", tuple(short // stride for stride in anchor.stride))
+    fill(generate, "long", tuple(long // stride for stride in anchor.stride))
+
+
+def _derive_classes(config: Config) -> None:
+    names = _annotated_classes(config)
+    fill(config.DatasetParam, "class_names", names or ())
+    given = config.RpnParam.num_class
+    counted = len(names) if names is not None else None
+    if counted is None and given is None:
+        counted = _published_classes(config)
+    if given is None and counted is None:
+        wanted = resolve(config.DatasetParam.image_set[0], config.DatasetParam.data_root)
+        raise FileNotFoundError(
+            f"the classes of {wanted.name} cannot be counted: {wanted.annotation} does not exist; name the "
+            f"folder that holds the data with --data-root (DatasetParam.data_root), or the number of "
+            f"classes + 1 with RpnParam.num_class"
+        )
+    if given is not None and counted is not None and given != counted + 1:
+        raise ValueError(
+            f"RpnParam.num_class is {given}, but {config.DatasetParam.image_set} have {counted} classes: "
+            f"write {counted + 1} (the background counts), or None to have them counted"
+        )
+    if counted is not None:
+        config.RpnParam.num_class = counted + 1
+
+
+def _annotated_classes(config: Config) -> tuple[str, ...] | None:
+    """The classes that all image sets of the experiment share; None where no annotation file lies on disk."""
+    data, evaluated = config.DatasetParam, config.TestParam.eval_image_set
+    wanted = [*data.image_set, *([] if evaluated is None else [evaluated])]
+    first, names = "", None
+    for image_set in [resolve(one, data.data_root) for one in wanted]:
+        if not Path(image_set.annotation).is_file():
+            continue
+        found = class_names(image_set)
+        if names is not None and found != names:
+            odd = sorted(set(found) ^ set(names)) or "the same names in another order"
+            raise ValueError(
+                f"DatasetParam.image_set: {first} has {len(names)} classes and {image_set.name} has "
+                f"{len(found)}, which differ in {odd}; image sets of one experiment "
+                f"(TestParam.eval_image_set too) need equal categories"
+            )
+        first, names = image_set.name, found
+    return names
+
+
+def _published_classes(config: Config) -> int | None:
+    """What is known of the image sets without their files; None where nothing is known of one."""
+    published = [PUBLISHED.get(one) for one in config.DatasetParam.image_set if isinstance(one, str)]
+    counts = {one.num_class for one in published if one is not None}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _derive_learning_rate(config: Config) -> None:
+    optimizer = config.OptimizeParam.optimizer
+    if optimizer.lr is None:
+        optimizer.lr = optimizer.lr_per_image * config.General.batch_image * _num_device(config)
+
+
+def _derive_graphs(config: Config, is_train: bool) -> None:
+    model = config.ModelParam
+    parts = (
+        model.backbone(config.BackboneParam),
+        model.neck(config.NeckParam),
+        model.head(config.RpnParam),
+    )
+    detector = model.detector()
+    fill(model, "train_symbol", detector.get_train_symbol(*parts))
+    fill(model, "test_symbol", detector.get_test_symbol(*parts))
+    inputs = (model.train_symbol if is_train else model.test_symbol).list_inputs()
+    fill(config, "data_name", tuple(name for name in inputs if not name.startswith("rpn_")))
+    fill(config, "label_name", tuple(name for name in inputs if name.startswith("rpn_")))
+
+
+def _derive_input(config: Config, is_train: bool) -> None:
+    fill(config, "transform", config.get_transform(config, is_train))
+    fill(config, "test_transform", config.get_transform(config, False))
+    fill(config, "metric_list", config.get_metric(config))
+
+
+def _num_device(config: Config) -> int:
+    return max(1, len(config.KvstoreParam.gpus))  # the CPU counts as one

@@ -1,0 +1,120 @@
+"""From a config file to a complete config."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from config.check import check
+from config.derive import derive
+from config.overrides import apply_overrides
+from config.schema import Config, Transform
+from config.section import leaves
+from symbol import Symbol
+from symbol.attributes import nearest
+
+
+def load_config(path: str | Path, is_train: bool, overrides: Sequence[str] = ()) -> Config:
+    """The config that a file's `get_config(is_train)` returns, changed by `overrides`, checked and completed.
+
+    path: a .py file, such as config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py.
+    is_train: whether transforms, image sets and input names are those of training or of testing.
+    overrides: `Section.field=value`, see `config.overrides`. They are applied before anything is derived.
+
+    Raises FileNotFoundError for a missing file, and for annotations that the class count needs; ValueError,
+    which says what to write instead, for a file that does not run, and for a value that cannot work.
+    """
+    config = _run_config_file(str(path), is_train)
+    apply_overrides(config, overrides)
+    check(config)
+    derive(config, Path(path).stem, is_train)
+    return config
+
+
+def format_config(config: Config) -> str:
+    """The complete tree, a line `Section.field = value` each. Derived fields and classes are comments.
+
+    Lines that are no comments are overrides, which give the same config again.
+    """
+    lines = []
+    for key, section, entry in leaves(config):
+        shown = f"{key} = {_show(getattr(section, entry.name))}"
+        lines.append(f"# {shown}" if {"derived", "required"} & entry.metadata.keys() else shown)
+    return "\n".join(lines) + "\n"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, Symbol):
+        return f"a graph of {len(value.nodes())} nodes"
+    if isinstance(value, Transform):
+        return f"sample {_show(value.sample)}, batch {_show(value.batch)}"
+    if isinstance(value, list):
+        return ", ".join(type(item).__name__ for item in value) or "nothing"
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    return repr(value)
+
+
+def _run_config_file(path: str, is_train: bool) -> Config:
+    get_config = _read_config_file(path)
+    try:
+        config = get_config(is_train)
+    except Exception as error:
+        raise ValueError(f"{_locate(path, error)}: {_message(error)}") from error
+    if not isinstance(config, Config):
+        raise ValueError(
+            f"{path}: get_config(is_train) must return a config.schema.Config, got {type(config).__name__}; "
+            f"a recipe such as config.NASFPN.recipe.retina_25epoch(is_train) gives one to change and return"
+        )
+    return config
+
+
+def _read_config_file(path: str) -> Callable[[bool], Any]:
+    """The file's get_config. It is compiled here, not imported: its name need not be an identifier ('@')."""
+    try:
+        source = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(_missing(path)) from None
+    except IsADirectoryError:
+        found = _files(Path(path))
+        raise ValueError(f"{path}: expected a config file (.py), got a folder; it holds {found}") from None
+    module = ModuleType(Path(path).stem)
+    module.__file__ = path
+    try:
+        exec(compile(source, path, "exec"), module.__dict__)
+    except Exception as error:
+        raise ValueError(f"{_locate(path, error)}: {_message(error)}") from error
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ValueError(f"{path}: expected a function get_config(is_train: bool) -> Config, found none")
+    return get_config
+
+
+def _locate(path: str, error: Exception) -> str:
+    """The file, and its line that failed where one did."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f"{path}, line {lines[-1]}" if lines else path
+
+
+def _message(error: Exception) -> str:
+    """What a section's refusal says stands alone; Python's own errors need their name to be understood."""
+    if isinstance(error, SyntaxError):
+        return f"not valid Python: {error.msg}"
+    plain = isinstance(error, ValueError | AttributeError)
+    return str(error) if plain else f"{type(error).__name__}: {error}"
+
+
+def _missing(path: str) -> str:
+    folder = Path(path).parent
+    if not folder.is_dir():
+        return f"config file {path} does not exist, nor does the folder {folder}"
+    return f"config file {path} does not exist; nearest in {folder}: {_files(folder, Path(path).name)}"
+
+
+def _files(folder: Path, name: str = "") -> str:
+    return nearest(name, sorted(file.name for file in folder.glob("*.py"))) or "no .py file"

@@ -1,0 +1,302 @@
+"""What an experiment is: one typed tree, a section per concern.
+
+Section and field names are SimpleDet's. A `derived` field is filled by `config.derive` from the fields that
+it follows from; it cannot be set. A `required` field has no default: the config file sets it. Boxes are xyxy
+in input pixels with inclusive corners; sizes are input pixels.
+"""
+
+# ruff: noqa: RUF009 (derived and required return dataclass fields)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from config.section import Section, derived, required
+from core.image_set import ImageSet
+from symbol import Symbol
+
+
+@dataclass(kw_only=True, slots=True)
+class General(Section):
+    """The run as a whole."""
+
+    name: str | None = None  # folder under output_root; None: the config file's stem
+    output_root: str = "experiments"
+    batch_image: int = 8  # images per device and step
+    fp16: bool = True
+    seed: int = 0
+    log_frequency: int = 10  # steps between two log lines
+    loader_worker: int = 4  # decoding processes; 0 decodes in the training process
+
+
+@dataclass(kw_only=True, slots=True)
+class KvstoreParam(Section):
+    """Where it runs."""
+
+    kvstore: Literal["local", "device", "dist_sync"] = "local"
+    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # () trains on the CPU
+    batch_image: int = derived("General.batch_image")
+    fp16: bool = derived("General.fp16")
+
+
+@dataclass(kw_only=True, slots=True)
+class NormalizeParam(Section):
+    """Batch normalisation of backbone, neck and head."""
+
+    type: Literal["localbn", "syncbn", "fixbn"] = "localbn"
+    wd_mult: float = 0.0  # weight decay of gamma and beta, times OptimizeParam.optimizer.wd
+    normalizer: Callable[..., Symbol] = derived("NormalizeParam.type, wd_mult and KvstoreParam.gpus")
+
+
+@dataclass(kw_only=True, slots=True)
+class BackboneParam(Section):
+    """ResNet v1b: the stride is on the 3x3 convolution."""
+
+    depth: Literal[18, 34, 50, 101, 152] = 50
+    num_filter: int = 64  # channels of the stem; every stage follows from it
+    normalizer: Callable[..., Symbol] = derived("NormalizeParam")
+    fp16: bool = derived("General.fp16")
+
+
+@dataclass(kw_only=True, slots=True)
+class NeckParam(Section):
+    """The stacked pyramid."""
+
+    dim_reduced: int = 256  # channels of every level
+    num_stage: int = 7  # repeats of the pyramid
+    S0_kernel: int = 1  # kernel of the lateral convolutions
+    normalizer: Callable[..., Symbol] = derived("NormalizeParam")
+    fp16: bool = derived("General.fp16")
+
+
+@dataclass(kw_only=True, slots=True)
+class AnchorGenerate(Section):
+    scale: tuple[float, ...] = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))  # times the stride
+    ratio: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    stride: tuple[int, ...] = (8, 16, 32, 64, 128)
+
+
+@dataclass(kw_only=True, slots=True)
+class Head(Section):
+    conv_channel: int = 256
+    num_conv: int = 4  # convolutions before the prediction, in each subnet
+
+
+@dataclass(kw_only=True, slots=True)
+class Proposal(Section):
+    pre_nms_top_n: int = 1000  # candidates kept per level
+    min_det_score: float = 0.05  # candidates below are dropped (0 on the coarsest level)
+
+
+@dataclass(kw_only=True, slots=True)
+class FocalLoss(Section):
+    """Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5."""
+
+    alpha: float = 0.25
+    gamma: float = 2.0
+
+
+@dataclass(kw_only=True, slots=True)
+class RpnParam(Section):
+    """The RetinaNet head, its anchors, its losses and its decoding."""
+
+    num_class: int | None = None  # foreground classes + 1; None: counted in the annotations
+    sync_loss: bool = False  # divide both losses by the foreground count averaged over all devices
+    anchor_generate: AnchorGenerate = field(default_factory=AnchorGenerate)
+    head: Head = field(default_factory=Head)
+    proposal: Proposal = field(default_factory=Proposal)
+    focal_loss: FocalLoss = field(default_factory=FocalLoss)
+    normalizer: Callable[..., Symbol] = derived("NormalizeParam")
+    fp16: bool = derived("General.fp16")
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetParam(Section):
+    """The images of this phase: those trained on, or those tested on."""
+
+    image_set: tuple[str | ImageSet, ...] = ("coco_train2017", "coco_val2017")
+    data_root: str = "data"
+    flip: bool = True  # training: an epoch has every image twice, once flipped
+    class_names: tuple[str, ...] = derived("DatasetParam.image_set")  # empty where no annotations lie on disk
+
+
+@dataclass(kw_only=True, slots=True)
+class Pretrain(Section):
+    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b; .safetensors or .pth is looked for
+    fixed_param: tuple[str, ...] = ("conv0",)  # parameters whose names start so stay as loaded
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelParam(Section):
+    """The classes that build the network, where its first weights come from, and the graphs."""
+
+    detector: type = required("config.ModelParam.detector = RetinaNet")
+    backbone: type = required("config.ModelParam.backbone = ResNetV1bFPN")
+    neck: type = required("config.ModelParam.neck = NASFPNNeck")
+    head: type = required("config.ModelParam.head = RetinaNetHeadWithBN")
+    from_scratch: bool = False
+    init_from: str | None = None  # a checkpoint to fine-tune from: what fits is loaded, the rest is reported
+    pretrain: Pretrain = field(default_factory=Pretrain)
+    train_symbol: Symbol = derived("backbone, neck and head")
+    test_symbol: Symbol = derived("backbone, neck and head")
+
+
+@dataclass(kw_only=True, slots=True)
+class Optimizer(Section):
+    type: Literal["sgd"] = "sgd"
+    lr_per_image: float = 0.01 / 8  # the linear rule: lr = lr_per_image * images per step
+    lr: float | None = None  # None: by the linear rule
+    momentum: float = 0.9
+    wd: float = 1e-4
+    clip_gradient: float | None = None  # each gradient element is clipped to [-clip, clip]
+
+
+@dataclass(kw_only=True, slots=True)
+class Schedule(Section):
+    begin_epoch: int = 0
+    end_epoch: int = 25
+    lr_epoch: tuple[float, ...] = (15.0, 20.0)  # epochs after which lr is multiplied by lr_factor
+    lr_factor: float = 0.1
+
+
+@dataclass(kw_only=True, slots=True)
+class Warmup(Section):
+    type: Literal["gradual"] = "gradual"
+    epoch: float = 1.0  # length
+    lr_factor: float = 0.1  # lr starts at lr_factor * lr
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizeParam(Section):
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    warmup: Warmup = field(default_factory=Warmup)
+
+
+@dataclass(kw_only=True, slots=True)
+class TestModel(Section):
+    prefix: str = derived("General.name")  # experiments/<name>/checkpoint
+    epoch: int | None = None  # None: the newest
+
+
+@dataclass(kw_only=True, slots=True)
+class Nms(Section):
+    type: Literal["nms"] = "nms"
+    thr: float = 0.5  # inclusive IoU above is suppressed, per class
+
+
+@dataclass(kw_only=True, slots=True)
+class Coco(Section):
+    annotation: str | None = None  # None: the image set's own
+
+
+@dataclass(kw_only=True, slots=True)
+class TestParam(Section):
+    """Testing, also between training epochs."""
+
+    min_det_score: float = 0.0
+    max_det_per_image: int = 100
+    batch_image: int = 1
+    eval_epoch: int = 0  # evaluate every so many epochs while training; 0: never
+    eval_image_set: str | ImageSet | None = None  # on these images
+    model: TestModel = field(default_factory=TestModel)
+    nms: Nms = field(default_factory=Nms)
+    coco: Coco = field(default_factory=Coco)
+
+
+@dataclass(kw_only=True, slots=True)
+class NormParam(Section):
+    mean: tuple[float, float, float] = (123.688, 116.779, 103.939)  # RGB
+    std: tuple[float, float, float] = (58.393, 57.12, 57.375)
+
+
+@dataclass(kw_only=True, slots=True)
+class ResizeParam(Section):
+    """The input size. Sides are multiples of 128, the coarsest stride."""
+
+    short: int = 640
+    long: int = 640
+    scale_min: float = 0.8  # training scales the image to fit, times U(scale_min, scale_max)
+    scale_max: float = 1.2
+
+
+@dataclass(kw_only=True, slots=True)
+class PadParam(Section):
+    short: int = derived("ResizeParam.short")
+    long: int = derived("ResizeParam.long")
+    max_num_gt: int = 100  # boxes per image; of more, the largest stay
+
+
+@dataclass(kw_only=True, slots=True)
+class Generate(Section):
+    short: tuple[int, ...] = derived("ResizeParam.short and the strides")  # feature map sides
+    long: tuple[int, ...] = derived("ResizeParam.long and the strides")
+    stride: tuple[int, ...] = derived("RpnParam.anchor_generate.stride")
+    scales: tuple[float, ...] = derived("RpnParam.anchor_generate.scale")
+    aspects: tuple[float, ...] = derived("RpnParam.anchor_generate.ratio")
+
+
+@dataclass(kw_only=True, slots=True)
+class Assign(Section):
+    allowed_border: float = 9999.0
+    pos_thr: float = 0.5
+    neg_thr: float = 0.5
+    min_pos_thr: float = 0.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample(Section):
+    """RetinaNet trains on every anchor: nothing is sampled."""
+
+    image_anchor: None = None
+    pos_fraction: None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class AnchorTarget2DParam(Section):
+    generate: Generate = field(default_factory=Generate)
+    assign: Assign = field(default_factory=Assign)
+    sample: Sample = field(default_factory=Sample)
+
+
+@dataclass(kw_only=True, slots=True)
+class RenameParam(Section):
+    mapping: dict[str, str] = field(default_factory=lambda: {"image": "data"})
+
+
+@dataclass(kw_only=True, slots=True)
+class Transform:
+    """Input transforms in order: `sample` runs on one record in a worker (uint8), `batch` on the device."""
+
+    sample: list[Any]
+    batch: list[Any]
+
+
+@dataclass(kw_only=True, slots=True)
+class Config(Section):
+    """The tree. A config file's get_config(is_train) returns one; `config.load.load_config` completes it."""
+
+    General: General = field(default_factory=General)
+    KvstoreParam: KvstoreParam = field(default_factory=KvstoreParam)
+    NormalizeParam: NormalizeParam = field(default_factory=NormalizeParam)
+    BackboneParam: BackboneParam = field(default_factory=BackboneParam)
+    NeckParam: NeckParam = field(default_factory=NeckParam)
+    RpnParam: RpnParam = field(default_factory=RpnParam)
+    DatasetParam: DatasetParam = field(default_factory=DatasetParam)
+    ModelParam: ModelParam = field(default_factory=ModelParam)
+    OptimizeParam: OptimizeParam = field(default_factory=OptimizeParam)
+    TestParam: TestParam = field(default_factory=TestParam)
+    NormParam: NormParam = field(default_factory=NormParam)
+    ResizeParam: ResizeParam = field(default_factory=ResizeParam)
+    PadParam: PadParam = field(default_factory=PadParam)
+    AnchorTarget2DParam: AnchorTarget2DParam = field(default_factory=AnchorTarget2DParam)
+    RenameParam: RenameParam = field(default_factory=RenameParam)
+    get_transform: Callable[[Config, bool], Transform] = required("config.get_transform = retina_transform")
+    get_metric: Callable[[Config], list[Any]] = required("config.get_metric = retina_metric")
+    transform: Transform = derived("get_transform")  # of this phase
+    test_transform: Transform = derived("get_transform")  # of testing, also between training epochs
+    metric_list: list[Any] = derived("get_metric")
+    data_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are data
+    label_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are labels

@@ -1,0 +1,116 @@
+"""Sections: dataclasses that refuse unknown names, values of a wrong type, and setting what is derived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
+
+from config.field_type import convert, describe
+from symbol.attributes import nearest
+
+_UNSET = object()  # what a required field holds until the config file sets it: its slot stays empty
+
+
+def derived(source: str) -> Any:
+    """A field that `config.derive` fills. `source` names the fields to set instead."""
+    return field(init=False, repr=False, compare=False, metadata={"derived": source})
+
+
+def required(example: str) -> Any:
+    """A field without a default, which the config file must set. `example` is a line that does."""
+    return field(default=_UNSET, repr=False, compare=False, metadata={"required": example})
+
+
+class Section:
+    """Base of every section, a `@dataclass(kw_only=True, slots=True)`.
+
+    Setting raises ValueError for an unknown name, a derived field, and a value that does not fit the
+    annotation. Reading raises AttributeError for an unknown name, and for a field that is not filled yet.
+    """
+
+    __slots__ = ()
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        for name in given:
+            _check_settable(cls, name, f"{cls.__name__}.{name}")
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if value is not _UNSET:
+            assign(self, name, value, f"{type(self).__name__}.{name}")
+
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        for name, value in state[1].items():  # pickle and copy restore derived fields too
+            object.__setattr__(self, name, value)
+
+    if not TYPE_CHECKING:  # a type checker shall know the declared fields only
+
+        def __getattr__(self, name: str) -> Any:
+            cls = type(self)
+            known = cls.__dataclass_fields__
+            if name not in known:
+                raise AttributeError(_unknown(cls, name))
+            metadata = known[name].metadata
+            if "required" in metadata:
+                raise AttributeError(
+                    f"{cls.__name__}.{name} is not set; the config file must, such as {metadata['required']}"
+                )
+            raise AttributeError(
+                f"{cls.__name__}.{name} follows from {metadata['derived']} and is not filled yet: only "
+                f"config.load.load_config fills it, after the config file has run"
+            )
+
+
+def assign(section: Section, name: str, value: Any, place: str) -> None:
+    """Sets a field. Raises ValueError, which starts with `place`, where that is refused."""
+    cls = type(section)
+    _check_settable(cls, name, place)
+    try:
+        value = convert(value, field_types(cls)[name])
+    except TypeError:
+        expected = describe(field_types(cls)[name]) + _example(cls.__dataclass_fields__[name])
+        raise ValueError(f"{place}: expected {expected}; got {value!r}") from None
+    object.__setattr__(section, name, value)
+
+
+def fill(section: Section, name: str, value: Any) -> None:
+    """Sets a derived field."""
+    cls = type(section)
+    assert "derived" in cls.__dataclass_fields__[name].metadata, (cls, name)
+    object.__setattr__(section, name, convert(value, field_types(cls)[name]))
+
+
+def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Section, Field[Any]]]:
+    """(dotted key, its section, its field) of everything below that is no section."""
+    for entry in fields(section):
+        child = getattr(section, entry.name, None)
+        if isinstance(child, Section):
+            yield from leaves(child, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, section, entry
+
+
+def field_types(cls: type[Section]) -> dict[str, Any]:
+    """The annotations of a section's fields, as types."""
+    return get_type_hints(cls)
+
+
+def _check_settable(cls: type[Section], name: str, place: str) -> None:
+    if name not in cls.__dataclass_fields__:
+        raise ValueError(f"{place}: {_unknown(cls, name)}")
+    source = cls.__dataclass_fields__[name].metadata.get("derived")
+    if source is not None:
+        raise ValueError(f"{place}: {name} follows from {source} and cannot be set; set that instead")
+
+
+def _unknown(cls: type[Section], name: str) -> str:
+    return f"{cls.__name__} has no field '{name}'; nearest: {nearest(name, cls.__dataclass_fields__)}"
+
+
+def _example(entry: Field[Any]) -> str:
+    if "required" in entry.metadata:
+        return f", such as {entry.metadata['required']}"
+    default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+    return "" if default is None or isinstance(default, Section) else f", such as {default!r}"

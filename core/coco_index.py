@@ -1,0 +1,174 @@
+"""An index of a COCO json: columns on disk, built once, memory-mapped and shared by all worker processes.
+
+N images, G boxes of one image, M boxes of all images. Boxes are xyxy in pixels of the image file, with
+inclusive corners; classes are numbered 1..K in the order of the sorted category ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from core.coco_columns import Columns, read_columns
+from core.image_set import ImageSet, require_annotation, require_image_dir
+
+_FORMAT = 1  # part of the cache key: raise it when the columns or the rule for boxes change
+_META = "meta.json"
+_SHOWN = 5  # offenders that an error names
+
+
+@dataclass(frozen=True)
+class CocoIndex:
+    """The images of one image set and the boxes to train on. Columns are read-only memory maps."""
+
+    image_set: ImageSet
+    folder: str
+    has_annotation: bool  # False for image_info files, which hold no boxes
+    category_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    image_id: np.ndarray  # (N,) int64
+    height: np.ndarray  # (N,) int32
+    width: np.ndarray  # (N,) int32
+    name_offset: np.ndarray  # (N + 1,) int64, into name_bytes
+    name_bytes: np.ndarray  # uint8, all file names in UTF-8
+    box_offset: np.ndarray  # (N + 1,) int64, into box
+    box: np.ndarray  # (M, 5) float32: x1, y1, x2, y2, class
+
+    @property
+    def num_image(self) -> int:
+        return len(self.image_id)
+
+    @property
+    def has_box(self) -> np.ndarray:
+        """(N,) bool: the images with a box to train on."""
+        return np.diff(self.box_offset) > 0
+
+    def file_name(self, i: int) -> str:
+        """The json's file name, relative to the image folder."""
+        return self.name_bytes[self.name_offset[i] : self.name_offset[i + 1]].tobytes().decode()
+
+    def file_names(self) -> list[str]:
+        """All of them; quicker than one by one."""
+        content, offset = self.name_bytes.tobytes(), self.name_offset.tolist()
+        return [content[a:b].decode() for a, b in pairwise(offset)]
+
+    def image_path(self, i: int) -> str:
+        return os.path.join(self.image_set.image_dir, self.file_name(i))
+
+    def gt_bbox(self, i: int) -> np.ndarray:
+        """(G, 5) float32: x1, y1, x2, y2 (pixels of the file, inclusive), class 1..K. A copy."""
+        return np.array(self.box[self.box_offset[i] : self.box_offset[i + 1]])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that gets the index by pickling maps the same files instead of copying the columns."""
+        return _load, (Path(self.folder), self.image_set)
+
+
+def open_index(image_set: ImageSet, cache_root: str | None = None) -> CocoIndex:
+    """The index of an image set, built now if it is not in the cache yet.
+
+    The cache is `cache_root`, else $NECKLACE_CACHE, else ~/.cache/necklace. An index belongs to one state of
+    the json (path, size, modification time); one that cannot be read is built again. `read_columns` states
+    which boxes are in it.
+
+    Raises FileNotFoundError for a missing json, image folder or image file; ValueError, naming the json and
+    the entries at fault, for one that is not valid COCO; OSError where the cache cannot be written.
+    """
+    require_annotation(image_set)
+    require_image_dir(image_set)
+    root = Path(cache_root or os.environ.get("NECKLACE_CACHE") or "~/.cache/necklace").expanduser()
+    folder = root / _cache_key(image_set.annotation)
+    existed = folder.exists()
+    try:
+        index = _load(folder, image_set)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # absent or damaged
+        if existed:  # otherwise another process may have put a good one there since
+            shutil.rmtree(folder, ignore_errors=True)
+        _store(*read_columns(image_set.annotation), folder)
+        index = _load(folder, image_set)
+    _check_images_exist(index)
+    return index
+
+
+def _cache_key(annotation: str) -> str:
+    stat = os.stat(annotation)
+    identity = f"{_FORMAT} {os.path.realpath(annotation)} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{Path(annotation).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def _load(folder: Path, image_set: ImageSet) -> CocoIndex:
+    meta = json.loads((folder / _META).read_text())
+    columns = {}
+    for name, shape in meta["column"].items():
+        columns[name] = np.load(folder / f"{name}.npy", mmap_mode="r" if shape[0] else None, allow_pickle=False)
+        if columns[name].shape != tuple(shape):
+            raise ValueError(f"{folder}/{name}.npy: expected shape {shape}, got {columns[name].shape}")
+    return CocoIndex(
+        image_set=image_set,
+        folder=str(folder),
+        has_annotation=meta["has_annotation"],
+        category_ids=tuple(meta["category_ids"]),
+        class_names=tuple(meta["class_names"]),
+        **columns,
+    )
+
+
+def _store(facts: dict[str, Any], columns: Columns, folder: Path) -> None:
+    """Writes beside and renames, so that no other process ever sees half an index."""
+    meta = facts | {"column": {name: column.shape for name, column in columns.items()}}
+    temporary = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+        temporary.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
+        for name, column in columns.items():
+            np.save(temporary / f"{name}.npy", column, allow_pickle=False)
+        (temporary / _META).write_text(json.dumps(meta))
+        if not _renamed(temporary, folder):
+            shutil.rmtree(temporary)
+    except OSError as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(
+            f"cannot write the index of the annotations to {folder}: {error}; "
+            f"set NECKLACE_CACHE to a writable folder with free space"
+        ) from error
+
+
+def _renamed(temporary: Path, folder: Path) -> bool:
+    """False where another process has put its index there meanwhile, which is as good as ours."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if (folder / _META).exists():
+            return False
+        raise
+    return True
+
+
+def _check_images_exist(index: CocoIndex) -> None:
+    """Lists each folder once: a stat per image takes minutes on a network file system."""
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for file_name in index.file_names():
+        folder, name = os.path.split(os.path.join(index.image_set.image_dir, file_name))
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listed[folder]:
+            missing.append(file_name)
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise FileNotFoundError(
+            f"image set {index.image_set.name!r}: {len(missing)} of {index.num_image} images named "
+            f"in {index.image_set.annotation} are not in {index.image_set.image_dir}: {shown}; "
+            f"fetch them, or name the folder that holds them with --data-root (DatasetParam.data_root)"
+        )

@@ -1,0 +1,51 @@
+"""The device that a run computes on."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def select_device(gpus: Sequence[int]) -> torch.device:
+    """KvstoreParam.gpus as a device; none means the CPU.
+
+    Raises ValueError for more GPUs than this machine has, and for more than one: a run uses one device.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    available = torch.cuda.device_count()
+    usable = "--gpus 0" if available else "--gpus cpu"
+    if len(gpus) > 1 or gpus[0] >= available:
+        raise ValueError(
+            f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}, and a run uses "
+            f"one device: add {usable} (the learning rate follows the images per step)"
+        )
+    return torch.device("cuda", gpus[0])
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its tensors on the device; what is no tensor stays as it is."""
+    move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # noqa: E731
+    return {name: move(value) for name, value in batch.items()}
+
+
+def place(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on the device, its convolution weights channels-last: convolutions of both devices are fastest so."""
+    module.to(device)
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    return module
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in use so far, in bytes: the GPU's, or on the CPU this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,64 @@
+"""What a run will be, without its data: the network by stage, the schedule, the memory of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.coco_index import open_index
+from core.dataset import DetectionDataset
+from core.detection_module import build_schedule
+from core.image_set import PUBLISHED, ImageSet, resolve
+from core.network_table import memory_lines, network_table
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+def describe_run(config: Config) -> str:
+    """Text for people. Image counts come from the data where it lies on disk, else from what is published of COCO."""
+    short, long = config.ResizeParam.short, config.ResizeParam.long
+    train = network_table(config.ModelParam.train_symbol, data=(1, 3, short, long))
+    devices = max(1, len(config.KvstoreParam.gpus))
+    batch_image = config.General.batch_image
+    lines = [f"Network, one image of {short} x {long}", *_indented(train.lines()), ""]
+    lines += [
+        f"Memory of a step on each device ({batch_image} images)",
+        *_indented(memory_lines(train, batch_image)),
+        "",
+    ]
+    step = (
+        f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}: {batch_image * devices} a step"
+    )
+    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, batch_image * devices))]
+    return "\n".join(lines)
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _schedule_lines(config: Config, images_per_step: int) -> list[str]:
+    counts = [_count_images(config, one) for one in config.DatasetParam.image_set]
+    unknown = [name for name, count, _ in counts if count is None]
+    if unknown:
+        return [f"{', '.join(unknown)}: no annotations on disk, so the iterations are unknown", *_epochs(config)]
+    lines = [f"{name}: {count} images with boxes ({source})" for name, count, source in counts]
+    samples = sum(count or 0 for _, count, _ in counts) * (2 if config.DatasetParam.flip else 1)
+    iter_per_epoch = -(-samples // images_per_step)
+    twice = " (each image twice, once flipped)" if config.DatasetParam.flip else ""
+    lines.append(f"an epoch: {samples} samples{twice}, {iter_per_epoch} iterations")
+    return lines + build_schedule(config, iter_per_epoch).describe()
+
+
+def _epochs(config: Config) -> list[str]:
+    schedule, lr = config.OptimizeParam.schedule, config.OptimizeParam.optimizer.lr
+    return [f"{schedule.end_epoch} epochs, lr {lr}, times {schedule.lr_factor} after the epochs {schedule.lr_epoch}"]
+
+
+def _count_images(config: Config, image_set: str | ImageSet) -> tuple[str, int | None, str]:
+    resolved = resolve(image_set, config.DatasetParam.data_root)
+    if Path(resolved.annotation).is_file() and Path(resolved.image_dir).is_dir():
+        return resolved.name, DetectionDataset([open_index(resolved)], []).num_image, resolved.annotation
+    published = PUBLISHED.get(image_set) if isinstance(image_set, str) else None
+    return resolved.name, published.num_image if published else None, "published"

@@ -1,0 +1,48 @@
+"""Where a network's first weights come from: a checkpoint to resume or fine-tune, a pretrained backbone, or chance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from core.checkpoint import Checkpoint, keep_fitting, load_weights, require_fit
+from core.pretrain import find_backbone, load_backbone
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and auxiliary state."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | None) -> list[str]:
+    """Load what the config asks for; `resumed` goes before all else. Returns lines for the log.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that does not fit; nothing is loaded then.
+    """
+    model = config.ModelParam
+    if resumed is not None:
+        tensors, progress = load_weights(resumed.weights)
+        require_fit(shapes_of(module), tensors, resumed.weights)
+        module.load_state_dict(tensors)
+        return [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
+    if model.init_from is not None:
+        tensors, progress = load_weights(model.init_from)
+        fitting, report = keep_fitting(shapes_of(module), tensors, model.init_from)
+        _load_some(module, fitting)
+        total = len(module.state_dict())
+        summary = f"fine-tuning {model.init_from}: {len(fitting)} of {total} tensors loaded, the others start anew"
+        return [summary, *report.lines()]
+    if model.from_scratch:
+        return ["training from scratch: every weight is random"]
+    tensors, line = load_backbone(find_backbone(model.pretrain.prefix, config.BackboneParam.depth), shapes_of(module))
+    _load_some(module, tensors)
+    return [line]
+
+
+def _load_some(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    result = module.load_state_dict(tensors, strict=False)
+    assert not result.unexpected_keys

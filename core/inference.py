@@ -1,0 +1,177 @@
+"""Testing: weights and an image set in, a COCO result file and its evaluation out.
+
+N images of a batch, M candidates of an image, C classes. Boxes are xyxy with inclusive corners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import symbol as S
+from core.checkpoint import find_weights, load_weights, require_fit
+from core.coco_index import CocoIndex, open_index
+from core.device import place, select_device, to_device
+from core.evaluation import Evaluation, detections_to_coco, evaluate, write_result
+from core.experiment import experiment_folder
+from core.first_weights import shapes_of
+from core.image import read_image
+from core.image_set import ImageSet, resolve
+from core.loader import make_test_loader
+from operator_cxx.nms import multiclass_nms
+from symbol.passes import without_fp16
+from utils.draw import draw_detections
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best first."""
+
+    im_id: int
+    path: str
+    bbox: np.ndarray  # (D, 4) xyxy, inclusive, pixels of the original image
+    score: np.ndarray  # (D,)
+    cls: np.ndarray  # (D,) 1..C
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """A finished test."""
+
+    __test__ = False  # not pytest's
+
+    result: Path  # COCO's result format
+    evaluation: Evaluation | None  # None: the image set has no annotations
+    detections: list[Detections]
+
+
+def build_test_module(
+    config: Config, weights: Mapping[str, Tensor], device: torch.device, source: str | Path
+) -> nn.Module:
+    """The test graph with these weights. Raises ValueError where they are another network's; `source` is their file."""
+    module = S.lower(without_fp16(config.ModelParam.test_symbol))
+    require_fit(shapes_of(module), weights, source)
+    module.load_state_dict(weights)
+    return place(module, device).eval()
+
+
+def detect(
+    config: Config, module: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device
+) -> Iterator[Detections]:
+    """Detections of every image of the batches, by the batch transforms of config.test_transform."""
+    test = config.TestParam
+    for batch in batches:
+        batch = to_device(batch, device)
+        for transform in config.test_transform.batch:
+            transform.apply(batch)
+        with torch.inference_mode():
+            cls_score, bbox_xyxy = module(data=batch["data"], im_info=batch["im_info"])
+        scores, classes = cls_score.max(dim=2)  # (N, M): one class of a row is above 0
+        for i, path in enumerate(batch["files"]):
+            found = scores[i] > test.min_det_score
+            bbox, score, cls = bbox_xyxy[i][found], scores[i][found], classes[i][found]
+            kept = multiclass_nms(bbox, score, cls, thr=test.nms.thr, max_det=test.max_det_per_image)
+            bbox = bbox[kept] / batch["im_info"][i, 2]
+            im_id = int(batch["im_id"][i])
+            yield Detections(im_id, path, bbox.cpu().numpy(), score[kept].cpu().numpy(), cls[kept].cpu().numpy())
+
+
+def test_image_set(
+    config: Config, module: nn.Module, image_set: str | ImageSet, folder: Path, device: torch.device
+) -> TestResult:
+    """Detect in every image, write the result file into `folder`, and evaluate where there are annotations."""
+    index = open_index(resolve(image_set, config.DatasetParam.data_root))
+    loader = make_test_loader(config, image_set)
+    detections = list(detect(config, module, loader, device))
+    path = folder / result_name(index, str(config.General.name))
+    write_result(path, coco_entries(detections, index.category_ids))
+    annotation = config.TestParam.coco.annotation or index.image_set.annotation
+    evaluated = config.TestParam.coco.annotation is not None or index.has_annotation
+    return TestResult(path, evaluate(annotation, path) if evaluated else None, detections)
+
+
+test_image_set.__test__ = False  # type: ignore[attr-defined]  # not pytest's
+
+
+def test(config: Config, checkpoint: Path | None, epoch: int | None, num_draw: int) -> list[TestResult]:
+    """Test on every image set of the config and print what came of it; see `detection_test.py`.
+
+    checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into the
+    experiment's folder. Raises FileNotFoundError and ValueError for weights or images that are missing or do not fit.
+    """
+    device = select_device(config.KvstoreParam.gpus[:1])
+    folder = experiment_folder(config)
+    path = checkpoint or find_weights(folder, epoch)
+    weights, progress = load_weights(path)
+    names = config.DatasetParam.class_names
+    if names and progress.class_names and names != progress.class_names:
+        raise ValueError(
+            f"{path} was trained on the classes {_listed(progress.class_names)}; {config.DatasetParam.image_set} has "
+            f"{_listed(names)}: test on image sets with the categories that it was trained on"
+        )
+    module = build_test_module(config, weights, device, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
+    results = []
+    for image_set in config.DatasetParam.image_set:
+        tested = test_image_set(config, module, image_set, folder, device)
+        print(f"wrote {tested.result}")
+        if tested.evaluation is None:
+            print(f"{resolve(image_set, config.DatasetParam.data_root).name} has no annotations: nothing to evaluate")
+        else:
+            print(tested.evaluation.table)
+        for picture in draw_results(config, tested, image_set, folder, num_draw):
+            print(f"wrote {picture}")
+        results.append(tested)
+    return results
+
+
+test.__test__ = False  # type: ignore[attr-defined]  # not pytest's
+
+
+def draw_results(
+    config: Config, tested: TestResult, image_set: str | ImageSet, folder: Path, num_draw: int
+) -> list[Path]:
+    """Pictures of the first `num_draw` images, ground truth beside detections, in `folder`/draw_<image set>."""
+    index = open_index(resolve(image_set, config.DatasetParam.data_root))
+    row_of = {int(im_id): row for row, im_id in enumerate(index.image_id)}
+    out = folder / f"draw_{index.image_set.name}"
+    pictures = []
+    for image in tested.detections[:num_draw]:
+        row = row_of[image.im_id]
+        pixels = read_image(image.path, int(index.height[row]), int(index.width[row]))
+        found = np.column_stack([image.bbox, image.score, image.cls])  # (D, 6)
+        drawn = draw_detections(pixels, index.gt_bbox(row), found, index.class_names)
+        out.mkdir(parents=True, exist_ok=True)
+        pictures.append(out / f"{Path(image.path).stem}.png")
+        Image.fromarray(drawn).save(pictures[-1])
+    return pictures
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def coco_entries(detections: Sequence[Detections], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Entries of COCO's result format, in the order of the detections."""
+    for image in detections:
+        yield from detections_to_coco(image.im_id, image.bbox, image.score, image.cls, category_ids)
+
+
+def result_name(index: CocoIndex, experiment: str) -> str:
+    """`<image_set>_result.json`; without annotations the name that COCO's server wants,
+    `detections_<split>_<algorithm>_results.json`."""
+    name = index.image_set.name
+    if index.has_annotation:
+        return f"{name}_result.json"
+    return f"detections_{name.removeprefix('coco_')}_{experiment}_results.json"

@@ -1,0 +1,126 @@
+"""What a graph costs by stage: parameters, multiply-adds and memory, as a function of its input shapes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from symbol import Node, Symbol
+from symbol.op_table import Shape
+from symbol.shape import propagate
+
+# A node belongs to the stage that its name begins with.
+_STAGES = (
+    ("backbone", re.compile(r"stage\d+(?=_)")),
+    ("neck", re.compile(r"[SCP]\d+(?=_|$)")),
+    ("head", re.compile(r"(cls|bbox)(?=_)")),
+)
+_KINDS = ("stem", "backbone", "neck", "head", "loss")  # the order of the table
+_LOSS_OPS = {
+    *("Reshape", "transpose", "Concat", "slice_axis", "elemwise_sub", "elemwise_mul", "broadcast_div", "smooth_l1"),
+    *("_contrib_FocalLoss", "_contrib_BBoxNorm", "MakeLoss"),
+}
+# autograd keeps the inputs of these
+_KEEPS_INPUT = (
+    "Convolution",
+    "BatchNorm",
+    "_contrib_SyncBatchNorm",
+    "Pooling",
+    "broadcast_mul",
+    "_contrib_FocalLoss",
+    "smooth_l1",
+)
+
+
+@dataclass
+class Stage:
+    """One row of the table."""
+
+    name: str
+    output: Shape = ()
+    num_parameter: int = 0
+    multiply_add: int = 0  # of convolutions
+
+
+@dataclass(frozen=True)
+class NetworkTable:
+    """The stages in graph order and what they sum to."""
+
+    stages: list[Stage]
+    num_parameter: int
+    multiply_add: int
+    activation_bytes: int  # kept for the backward pass, in float32
+
+    def lines(self) -> list[str]:
+        """The table as text."""
+        rows = [("stage", "output", "parameters", "multiply-adds")]
+        for stage in self.stages:
+            sides = " x ".join(map(str, stage.output))
+            rows.append((stage.name, sides, f"{stage.num_parameter:,}", f"{stage.multiply_add:,}"))
+        rows.append(("total", "", f"{self.num_parameter:,}", f"{self.multiply_add:,}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        return [
+            f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}"
+            for row in rows
+        ]
+
+
+def stage_of(node: Node) -> tuple[str, str]:
+    """The kind of stage that a node belongs to, and the stage's name, by the node's own name."""
+    if node.op in _LOSS_OPS:
+        return "loss", "loss"
+    for kind, pattern in _STAGES:
+        match = pattern.match(node.name)
+        if match:
+            return kind, f"{kind} {match[0]}"
+    return "stem", "stem"
+
+
+def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
+    """Count a graph at these input shapes. A parameter that several layers share counts once, where it is first used;
+    a multiply-add is one multiplication and one addition of a convolution.
+    """
+    known = propagate(symbol, input_shapes)
+    inputs, auxiliary = set(symbol.list_inputs()), set(symbol.list_auxiliary_states())
+    stages: dict[tuple[str, str], Stage] = {}
+    counted: set[str] = set()
+    kept: set[tuple[Node, int]] = set()
+    for node in symbol.nodes():
+        if node.is_variable:
+            continue
+        kind, name = stage_of(node)
+        stage = stages.setdefault((kind, name), Stage(name))
+        output = known.get((node, 0), ())
+        # of a stage of several levels the finest is shown
+        if kind == "backbone" or math.prod(output[2:]) >= math.prod(stage.output[2:]):
+            stage.output = output
+        for child, _ in node.inputs:
+            is_parameter = child.is_variable and child.name not in inputs and child.name not in auxiliary
+            if is_parameter and child.name not in counted:
+                counted.add(child.name)
+                stage.num_parameter += math.prod(known[child, 0])
+        if node.op == "Convolution":
+            stage.multiply_add += math.prod(output) * math.prod(known[node.inputs[1]][1:])
+        if node.op in _KEEPS_INPUT:
+            kept.add(node.inputs[0])
+    rows = [stage for (kind, _), stage in sorted(stages.items(), key=lambda item: _KINDS.index(item[0][0]))]
+    return NetworkTable(
+        rows,
+        num_parameter=sum(stage.num_parameter for stage in rows),
+        multiply_add=sum(stage.multiply_add for stage in rows),
+        activation_bytes=4 * sum(math.prod(known[entry]) for entry in kept),
+    )
+
+
+def memory_lines(table: NetworkTable, batch_image: int) -> list[str]:
+    """What a training step holds at least, by kind: `table` counts one image."""
+    kinds: Mapping[str, int] = {
+        "weights": 4 * table.num_parameter,
+        "gradients": 4 * table.num_parameter,
+        "momentum": 4 * table.num_parameter,
+        f"activations of {batch_image} images": table.activation_bytes * batch_image,
+    }
+    lines = [f"{name}: {size / 2**20:,.0f} MiB" for name, size in kinds.items()]
+    return [*lines, f"in all about {sum(kinds.values()) / 2**20:,.0f} MiB, in float32"]

@@ -1,0 +1,119 @@
+"""Stochastic gradient descent with momentum, by MXNet's formula and MXNet's rule for weight decay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def multipliers(
+    attr_dict: Mapping[str, Mapping[str, str]], names: Iterable[str]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """(lr_mult, wd_mult) of every parameter.
+
+    Weight decay applies to names that end in _weight or _gamma; `__lr_mult__` and `__wd_mult__` of the
+    variable say otherwise (MXNet's `Optimizer.set_wd_mult`).
+
+    Args:
+        attr_dict: attributes by variable name, as `Symbol.attr_dict()` gives them.
+        names: the parameters that are trained.
+
+    Raises:
+        ValueError: an attribute that is not a number.
+    """
+    lr_mult, wd_mult = {}, {}
+    for name in names:
+        attributes = attr_dict.get(name, {})
+        decays = name.endswith(("_weight", "_gamma"))
+        lr_mult[name] = _number(name, attributes, "__lr_mult__", 1.0)
+        wd_mult[name] = _number(name, attributes, "__wd_mult__", 1.0 if decays else 0.0)
+    return lr_mult, wd_mult
+
+
+def _number(name: str, attributes: Mapping[str, str], key: str, default: float) -> float:
+    text = attributes.get(key)
+    if text is None:
+        return default
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"variable {name}: attribute {key} must be a number, got {text!r}") from None
+
+
+class SGD:
+    """mom = momentum * mom - lr * (clip(grad) + wd * weight);  weight += mom.
+
+    The learning rate is inside the momentum, so a step down of the schedule does not shrink the updates that
+    are already under way (in torch.optim.SGD it does). A parameter without a gradient counts as one whose
+    gradient is zero: it still decays.
+
+    Args:
+        named_parameters: the parameters that are trained; they are updated in place.
+        lr_mult, wd_mult: factors on lr and wd by parameter name, from `multipliers`.
+        clip_gradient: every gradient element is clipped to [-clip_gradient, clip_gradient] before the decay
+            is added.
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        lr_mult: Mapping[str, float],
+        wd_mult: Mapping[str, float],
+        *,
+        momentum: float,
+        wd: float,
+        clip_gradient: float | None = None,
+    ) -> None:
+        self.momentum = momentum
+        self.wd = wd
+        self.clip_gradient = clip_gradient
+        self._parameters = dict(named_parameters)
+        self._momentum_buffers = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        # names with equal multipliers are updated together, by a handful of fused operations
+        self._groups: dict[tuple[float, float], list[str]] = {}
+        for name in self._parameters:
+            self._groups.setdefault((lr_mult[name], wd_mult[name]), []).append(name)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter once from its `.grad`, which is left as it is."""
+        for (lr_mult, wd_mult), names in self._groups.items():
+            weights = [self._parameters[name] for name in names]
+            buffers = [self._momentum_buffers[name] for name in names]
+            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            if self.clip_gradient is not None:
+                gradients = list(torch._foreach_clamp_max(gradients, self.clip_gradient))
+                torch._foreach_clamp_min_(gradients, -self.clip_gradient)
+            decayed = torch._foreach_add(gradients, weights, alpha=self.wd * wd_mult)
+            torch._foreach_mul_(buffers, self.momentum)
+            torch._foreach_add_(buffers, decayed, alpha=-lr * lr_mult)
+            torch._foreach_add_(weights, buffers)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The momentum of every parameter, under the parameter's name."""
+        return dict(self._momentum_buffers)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the momentum of a checkpoint.
+
+        Raises:
+            ValueError: parameters are missing, unknown or of another shape; nothing was loaded.
+        """
+        wrong = sorted(self._momentum_buffers.keys() ^ state.keys()) + [
+            name for name, m in self._momentum_buffers.items() if name in state and state[name].shape != m.shape
+        ]
+        if wrong:
+            raise ValueError(
+                f"the optimizer state does not fit this model: {len(wrong)} parameters differ, for example "
+                f"{', '.join(wrong[:4])}. Resume with the config that the checkpoint was trained with, or "
+                "start from its weights alone with --set ModelParam.init_from=<checkpoint>"
+            )
+        for name, buffer in self._momentum_buffers.items():
+            buffer.copy_(state[name])

@@ -1,0 +1,103 @@
+"""The log of a training run: a progress bar or lines for people, log.txt and log.jsonl beside the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+LOG_LINES = "log.jsonl"
+LOG_TEXT = "log.txt"
+
+
+class TrainLog:
+    """Written as the run goes; opened as a context. Records of steps behind `start_step`, left by a run that was cut
+    off after its last checkpoint, are dropped when it opens.
+    """
+
+    def __init__(self, folder: Path, start_step: int, end_step: int, iter_per_epoch: int) -> None:
+        self.folder = folder
+        self.end_step = end_step
+        self.iter_per_epoch = iter_per_epoch
+        _drop_records_behind(folder / LOG_LINES, start_step)
+        mode = "a" if start_step else "w"
+        self._text = (folder / LOG_TEXT).open(mode, buffering=1, encoding="utf-8")
+        self._lines = (folder / LOG_LINES).open("a", buffering=1, encoding="utf-8")
+        self._bar = tqdm(total=end_step, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+        self._since = self._began = time.perf_counter()
+        self._began_at = self._step = start_step
+        self._waited = 0.0
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._text.close()
+        self._lines.close()
+
+    def waited(self, seconds: float) -> None:
+        """The training loop waited for data."""
+        self._waited += seconds
+
+    def info(self, text: str) -> None:
+        """A line for people."""
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def event(self, name: str, **values: Any) -> None:
+        """A line for tools."""
+        self._lines.write(json.dumps({"event": name, **values}) + "\n")
+
+    def steps(self, step: int, num_image: int, values: dict[str, float]) -> None:
+        """`step` updates are done; `values` and `num_image` are of those since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        record = {
+            "step": step,
+            "epoch": round(step / self.iter_per_epoch, 4),
+            **values,
+            "img_per_s": num_image / elapsed,
+            "data_wait": self._waited / elapsed,
+            "eta_s": (now - self._began) / (step - self._began_at) * (self.end_step - step),
+        }
+        self._lines.write(json.dumps(record) + "\n")
+        line = _line(record, self.end_step)
+        if self._bar.disable:
+            self.info(line)
+        else:
+            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+            self._bar.set_description_str(line)
+        self._bar.update(step - self._step)
+        self._since, self._step, self._waited = time.perf_counter(), step, 0.0
+
+
+def _line(record: dict[str, Any], end_step: int) -> str:
+    left = time.strftime("%H:%M:%S", time.gmtime(record["eta_s"] % 86400))
+    days = f"{int(record['eta_s'] // 86400)}d " if record["eta_s"] >= 86400 else ""
+    return (
+        f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} lr {record['lr']:.5f} "
+        f"cls {record['cls_loss']:.4f} reg {record['reg_loss']:.4f} fg_acc {record['fg_acc']:.3f} "
+        f"grad {record['grad_norm']:.2f} {record['img_per_s']:.1f} img/s wait {record['data_wait']:.0%} "
+        f"mem {record['memory_mib']:.0f} MiB left {days}{left}"
+    )
+
+
+def _drop_records_behind(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line).get("step", 0) <= step and step > 0:
+                kept.append(line + "\n")
+        except ValueError:  # the last line of a run that was killed
+            continue
+    path.write_text("".join(kept), encoding="utf-8")

@@ -1,0 +1,38 @@
+"""Test a trained detector: a COCO result file, its AP where there are annotations, and pictures.
+
+python3 detection_test.py --config config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py
+python3 detection_test.py --config ... --checkpoint FILE --draw 20
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from config.load import load_config
+from detection_train import add_config_arguments, overrides, run
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Test a detector that detection_train.py trained.")
+    add_config_arguments(parser)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--epoch", type=int, metavar="N", help="the checkpoint after N epochs, instead of the newest")
+    which.add_argument("--checkpoint", metavar="FILE", help="a .safetensors file, instead of the experiment's")
+    parser.add_argument("--draw", type=int, default=0, metavar="N", help="draw the first N images with detections")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    config = load_config(parsed.config, is_train=False, overrides=overrides(parsed))
+    from core.inference import test
+
+    epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
+    checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
+    test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,67 @@
+"""Train a detector from a config file.
+
+python3 detection_train.py --config config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py
+python3 detection_train.py --config ... --gpus cpu --set General.batch_image=1 --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from config.load import format_config, load_config
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a detector from a config file.")
+    add_config_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="describe the run and stop; needs no data")
+    parser.add_argument("--resume", action="store_true", help="go on from the experiment's newest checkpoint")
+    return parser.parse_args(arguments)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that training and testing share."""
+    parser.add_argument("--config", required=True, help="a config file, e.g. one of config/NASFPN/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.FIELD=VALUE",
+        help="change a field before anything is derived from it; may be repeated",
+    )
+    parser.add_argument("--gpus", metavar="0|cpu", help="the device, instead of KvstoreParam.gpus")
+    parser.add_argument("--data-root", metavar="DIR", help="the folder of the image sets, instead of data")
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    """The --set values, and what --gpus and --data-root are short for."""
+    short = {"KvstoreParam.gpus": arguments.gpus, "DatasetParam.data_root": arguments.data_root}
+    return [*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parsed = parse_arguments(arguments)
+    config = load_config(parsed.config, is_train=True, overrides=overrides(parsed))
+    if parsed.dry_run:
+        from core.dry_run import describe_run
+
+        print(format_config(config))
+        print(describe_run(config))
+        return
+    from core.detection_module import fit
+
+    fit(config, format_config(config), resume=parsed.resume)
+
+
+def run(program: object) -> None:
+    """Call a program's main; an error that a user can mend is one message and exit status 1."""
+    try:
+        program()  # type: ignore[operator]
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,76 @@
+"""Input transforms of the NAS-FPN recipes: resize by the longer side and crop a window of the input's size.
+
+Boxes are (G, 5) float32: xyxy with inclusive corners, in pixels of the image as it is at that point, and the
+class. `core.detection_input` says what a record holds.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from core.detection_input import Record, input_sides, resize
+
+if TYPE_CHECKING:
+    from config.schema import ResizeParam
+
+
+class ResizeCrop2DImageBbox:
+    """Test input: the largest scale at which the image fits into the input; for a square one, the longer side
+    becomes the input's. Scaled sides are rounded down; boxes are scaled and clipped."""
+
+    def __init__(self, pResize: ResizeParam) -> None:
+        self.p = pResize
+
+    def apply(self, record: Record) -> None:
+        scale = _fit_scale(record["image"], self.p.short, self.p.long)
+        resize(record, *_scaled_sides(record["image"], scale), scale)
+
+
+class RandResizeCrop2DImageBbox:
+    """Training input: scale as for the test input but to sides times U(scale_min, scale_max), then a window
+    of at most the input's size at a random place. Boxes are clipped to the window; those outside it are
+    dropped.
+
+    Ghiasi et al. 2019, "NAS-FPN", section 4.1 (scale jitter).
+    """
+
+    def __init__(self, pResize: ResizeParam) -> None:
+        self.p = pResize
+
+    def apply(self, record: Record) -> None:
+        p, rng = self.p, record["rng"]
+        factor = rng.uniform(p.scale_min, p.scale_max)
+        scale = _fit_scale(record["image"], max(1, int(factor * p.short)), max(1, int(factor * p.long)))
+        height, width = _scaled_sides(record["image"], scale)
+        resize(record, height, width, scale)
+        window_height, window_width = input_sides(record, p.short, p.long)
+        top = int(max(0, height - window_height) * rng.uniform())
+        left = int(max(0, width - window_width) * rng.uniform())
+        _crop(record, top, left, min(height, window_height), min(width, window_width))
+
+
+def _fit_scale(image: np.ndarray, short: int, long: int) -> float:
+    height, width = image.shape[:2]
+    return min(long / max(height, width), short / min(height, width))
+
+
+def _scaled_sides(image: np.ndarray, scale: float) -> tuple[int, int]:
+    """Sides rounded down. The margin keeps a product that is whole but for rounding, 49 * (640 / 49),
+    whole."""
+    height, width = image.shape[:2]
+    return max(1, math.floor(height * scale + 1e-6)), max(1, math.floor(width * scale + 1e-6))
+
+
+def _crop(record: Record, top: int, left: int, height: int, width: int) -> None:
+    record["image"] = np.ascontiguousarray(record["image"][top : top + height, left : left + width])
+    record["im_info"][:2] = height, width
+    box = record["gt_bbox"]
+    box[:, :4] -= np.array([left, top, left, top], np.float32)
+    x1, y1, x2, y2 = box[:, :4].T
+    box = box[(x2 >= 0) & (y2 >= 0) & (x1 <= width - 1) & (y1 <= height - 1)]
+    box[:, 0:4:2] = box[:, 0:4:2].clip(0, width - 1)
+    box[:, 1:4:2] = box[:, 1:4:2].clip(0, height - 1)
+    record["gt_bbox"] = box

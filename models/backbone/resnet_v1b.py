@@ -1,0 +1,61 @@
+"""ResNet v1b as symbols: He et al. 2016, with a block's stride on its 3x3 convolution.
+
+The names are GluonCV's: conv0, bn0, stage1_unit1_conv1, ..., stage1_unit1_sc. N images, C channels, H, W.
+"""
+
+from __future__ import annotations
+
+from symbol import Symbol, var
+from symbol.layers import Normalizer, cast, conv, max_pool, relu
+
+UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+BASIC_BLOCK = (18, 34)  # two 3x3 convolutions; deeper networks squeeze the channels to a quarter and back
+
+
+def _shortcut(data: Symbol, name: str, filter: int, stride: int, project: bool, norm: Normalizer) -> Symbol:
+    if not project:
+        return data
+    return norm(conv(data, f"{name}_sc", filter, stride=stride), name=f"{name}_sc_bn")
+
+
+def _basic_unit(data: Symbol, name: str, filter: int, stride: int, project: bool, norm: Normalizer) -> Symbol:
+    x = norm(conv(data, f"{name}_conv1", filter, kernel=3, stride=stride), name=f"{name}_bn1")
+    x = relu(x, f"{name}_relu1")
+    x = norm(conv(x, f"{name}_conv2", filter, kernel=3), name=f"{name}_bn2")
+    return x + _shortcut(data, name, filter, stride, project, norm)
+
+
+def _bottleneck_unit(data: Symbol, name: str, filter: int, stride: int, project: bool, norm: Normalizer) -> Symbol:
+    x = relu(norm(conv(data, f"{name}_conv1", filter // 4), name=f"{name}_bn1"), f"{name}_relu1")
+    x = norm(conv(x, f"{name}_conv2", filter // 4, kernel=3, stride=stride), name=f"{name}_bn2")
+    x = relu(x, f"{name}_relu2")
+    x = norm(conv(x, f"{name}_conv3", filter), name=f"{name}_bn3")
+    return x + _shortcut(data, name, filter, stride, project, norm)
+
+
+def resnet_v1b(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int = 64) -> tuple[Symbol, ...]:
+    """(C2, C3, C4, C5), strides 4 to 32, from the input `data` (N, 3, H, W); with fp16, in float16.
+
+    Raises ValueError for a depth that is none of 18, 34, 50, 101, 152.
+    """
+    if depth not in UNITS:
+        raise ValueError(f"BackboneParam.depth: expected one of {', '.join(map(str, UNITS))}, got {depth}")
+    basic = depth in BASIC_BLOCK
+    unit = _basic_unit if basic else _bottleneck_unit
+    data = var("data", shape=(0, 3, 0, 0))
+    if fp16:
+        data = cast(data, "float16", "data_fp16")
+    x = relu(normalizer(conv(data, "conv0", num_filter, kernel=7, stride=2), name="bn0"), "relu0")
+    x = max_pool(x, "pool0", kernel=3, stride=2, pad=1)
+    features = []
+    channels = num_filter
+    for stage, num_unit in enumerate(UNITS[depth], start=1):
+        filter = num_filter * 2 ** (stage - 1) * (1 if basic else 4)
+        for index in range(1, num_unit + 1):
+            stride = 2 if stage > 1 and index == 1 else 1
+            name = f"stage{stage}_unit{index}"
+            x = unit(x, name, filter, stride, channels != filter or stride > 1, normalizer)
+            x = relu(x, f"{name}_relu")
+            channels = filter
+        features.append(x)
+    return tuple(features)

@@ -1,0 +1,187 @@
+"""Input transforms of RetinaNet. They run on a batch, on the training device.
+
+A transform changes a record in place. A batched record holds torch tensors: `image` uint8 RGB padded with
+zeros, `im_info` (N, 3) = height, width, scale before padding, `gt_bbox` (N, G, 5) = x1, y1, x2, y2, class
+padded with rows of -1. Boxes are xyxy in input pixels with inclusive corners.
+
+Shapes: N images, G boxes per image, A anchors per cell, H x W cells of a level, K anchors of all levels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from operator_cxx.anchor import base_anchors, grid_anchors
+from operator_cxx.anchor_target import pyramid_anchor_target
+
+if TYPE_CHECKING:
+    from config.schema import AnchorTarget2DParam, NormParam
+
+Record = dict[str, Any]
+
+
+class Norm2DImage:
+    """image = (image - mean) / std in float32, and zero in the padding beyond im_info.
+
+    Takes (N, 3, height, width) or (N, height, width, 3) tensors, or one numpy image of either layout without
+    N; the layout stays. A record without im_info has no padding.
+    """
+
+    def __init__(self, pNorm: NormParam) -> None:
+        self.p = pNorm
+
+    def apply(self, record: Record) -> None:
+        image = record["image"]
+        im_info = record.get("im_info")
+        if isinstance(image, np.ndarray):
+            info = None if im_info is None else torch.as_tensor(np.asarray(im_info, np.float32))[None]
+            record["image"] = self._normalize(torch.as_tensor(image)[None], info)[0].numpy()
+        else:
+            record["image"] = self._normalize(image, im_info)
+
+    def _normalize(self, image: Tensor, im_info: Tensor | None) -> Tensor:
+        last = _is_channel_last(image)
+        channel = (3,) if last else (3, 1, 1)
+        mean = torch.tensor(self.p.mean, dtype=torch.float32, device=image.device).reshape(channel)
+        std = torch.tensor(self.p.std, dtype=torch.float32, device=image.device).reshape(channel)
+        image = image.float().sub(mean).div_(std)
+        if im_info is not None:
+            padding = _padding(image.shape[1:3] if last else image.shape[2:4], im_info)
+            image.masked_fill_(padding.unsqueeze(3 if last else 1), 0.0)
+        return image
+
+
+class PyramidAnchorTarget2D:
+    """Adds what the losses compare the head with.
+
+    Reads `gt_bbox`, `im_info` and the shape of `image` (or `data`). It adds, levels in the order of strides:
+        rpn_cls_label   (N, sum of A*H*W)      -1 ignored, 0 background, else the class; per level (A, H, W)
+        rpn_reg_target  (N, 4A, sum of H*W)    dx, dy, dw, dh of each foreground anchor, else 0
+        rpn_reg_weight  (N, 4A, sum of H*W)    1 where the label is foreground, else 0
+        rpn_fg_count    (N,)                   foreground anchors of each image
+    One record without N, of numpy arrays, gets numpy arrays without N.
+
+    A batch whose images are at least as high as wide has maps of long x short cells, else short x long.
+    Without an image in the record im_info says which; ValueError where the images of a batch disagree.
+    """
+
+    def __init__(self, pAnchor: AnchorTarget2DParam) -> None:
+        self.p = pAnchor
+        self._base = [
+            base_anchors(s, pAnchor.generate.scales, pAnchor.generate.aspects) for s in pAnchor.generate.stride
+        ]
+        self._anchors: dict[tuple[bool, torch.device], Tensor] = {}  # by orientation and device, made on first use
+
+    def apply(self, record: Record) -> None:
+        gt_bbox = record["gt_bbox"]
+        if isinstance(gt_bbox, np.ndarray):
+            im_info = torch.as_tensor(np.asarray(record["im_info"], np.float32))[None]
+            target = self._target(record, torch.as_tensor(gt_bbox)[None], im_info)
+            record.update({name: value[0].numpy() for name, value in target.items()})
+        else:
+            record.update(self._target(record, gt_bbox, record["im_info"]))
+
+    def _target(self, record: Record, gt_bbox: Tensor, im_info: Tensor) -> dict[str, Tensor]:
+        portrait = _is_portrait(record, im_info)
+        assign = self.p.assign
+        label, delta = pyramid_anchor_target(
+            gt_bbox,
+            im_info,
+            self._all_anchors(portrait, gt_bbox.device),
+            pos_thr=assign.pos_thr,
+            neg_thr=assign.neg_thr,
+            min_pos_thr=assign.min_pos_thr,
+            allowed_border=assign.allowed_border,
+        )
+        foreground = label >= 1
+        return {
+            "rpn_cls_label": label,
+            "rpn_reg_target": self._by_cell(delta, portrait),
+            "rpn_reg_weight": self._by_cell(foreground[..., None].expand(-1, -1, 4).float(), portrait),
+            "rpn_fg_count": foreground.sum(dim=1).float(),
+        }
+
+    def _map_sizes(self, portrait: bool) -> list[tuple[int, int]]:
+        """(H, W) of every level."""
+        short, long = self.p.generate.short, self.p.generate.long
+        return list(zip(long, short, strict=True) if portrait else zip(short, long, strict=True))
+
+    def _all_anchors(self, portrait: bool, device: torch.device) -> Tensor:
+        """(K, 4), per level in (A, H, W) order."""
+        if (portrait, device) not in self._anchors:
+            levels = []
+            sizes = self._map_sizes(portrait)
+            for (H, W), stride, base in zip(sizes, self.p.generate.stride, self._base, strict=True):
+                anchors = grid_anchors(H, W, stride, base, device)  # (H*W*A, 4)
+                levels.append(anchors.reshape(H * W, -1, 4).transpose(0, 1).reshape(-1, 4))  # (A*H*W, 4)
+            self._anchors[portrait, device] = torch.cat(levels)
+        return self._anchors[portrait, device]
+
+    def _by_cell(self, value: Tensor, portrait: bool) -> Tensor:
+        """(N, K, 4) of anchors to (N, 4A, sum of H*W)."""
+        A = len(self._base[0])
+        cells = [H * W for H, W in self._map_sizes(portrait)]
+        levels = []
+        for level, cell in zip(value.split([A * c for c in cells], dim=1), cells, strict=True):
+            # (N, A*H*W, 4) -> (N, A, H*W, 4) -> (N, A, 4, H*W) -> (N, 4A, H*W)
+            levels.append(level.reshape(-1, A, cell, 4).transpose(2, 3).reshape(-1, 4 * A, cell))
+        return torch.cat(levels, dim=2)
+
+
+class AverageFgCount:
+    """Replaces the foreground counts (N,) of images by what every device divides its losses by, N times.
+
+    That is the mean over the devices of a device's total, at least 1.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def apply(self, record: Record) -> None:
+        count = record[self.name]
+        mean = _mean_over_devices(count.sum())
+        record[self.name] = mean.clamp(min=1).expand_as(count).clone()
+
+
+def _mean_over_devices(total: Tensor) -> Tensor:
+    """The mean over all devices of the scalar that each holds: with one device, that scalar."""
+    return total
+
+
+def _is_channel_last(image: Tensor) -> bool:
+    """Is (N, height, width, 3), not (N, 3, height, width)?"""
+    if image.dim() == 4 and image.shape[1] == 3:
+        return False
+    if image.dim() == 4 and image.shape[3] == 3:
+        return True
+    raise ValueError(
+        f"expected images (N, 3, height, width) or (N, height, width, 3), got {tuple(image.shape)}: "
+        "read them as RGB (ReadRoiRecord does)"
+    )
+
+
+def _padding(size: torch.Size, im_info: Tensor) -> Tensor:
+    """(N, height, width) bool: pixels beyond the height and width of im_info (N, 3)."""
+    row = torch.arange(size[0], device=im_info.device) >= im_info[:, :1]  # (N, height)
+    column = torch.arange(size[1], device=im_info.device) >= im_info[:, 1:2]  # (N, width)
+    return row[:, :, None] | column[:, None, :]
+
+
+def _is_portrait(record: Record, im_info: Tensor) -> bool:
+    """Are the padded images of the record at least as high as wide?"""
+    image = record.get("image", record.get("data"))
+    if image is not None:
+        last = _is_channel_last(image if image.ndim == 4 else image[None])
+        height, width = image.shape[-3:-1] if last else image.shape[-2:]
+        return bool(height >= width)
+    portrait = (im_info[:, 0] >= im_info[:, 1]).tolist()
+    if len(set(portrait)) != 1:
+        raise ValueError(
+            "PyramidAnchorTarget2D: expected a batch of one orientation, got portrait and landscape: "
+            f"height, width = {im_info[:, :2].tolist()}; batch them by orientation or use a square input"
+        )
+    return portrait[0]

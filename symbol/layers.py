@@ -1,0 +1,111 @@
+"""The layers that the models are written in: short forms over the vocabulary, with the defaults of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from symbol.graph import Symbol, create, current_prefix, var
+from symbol.op_table import Shape
+
+BN_EPS = 1e-5
+BN_MOMENTUM = 0.9
+Normalizer = Callable[..., Symbol]
+
+
+def conv(
+    data: Symbol,
+    name: str,
+    filter: int,
+    kernel: int = 1,
+    stride: int = 1,
+    pad: int | None = None,
+    no_bias: bool = True,
+    weight: Symbol | None = None,
+    bias: Symbol | None = None,
+    init: str | None = None,
+) -> Symbol:
+    """A convolution that keeps the size (divided by stride) unless `pad` says otherwise; `init` is its weight's."""
+    if weight is None and init is not None:
+        weight = var(f"{current_prefix()}{name}_weight", init=init)
+    pad = kernel // 2 if pad is None else pad
+    return create(
+        "Convolution",
+        data=data,
+        weight=weight,
+        bias=bias,
+        name=name,
+        num_filter=filter,
+        kernel=(kernel, kernel),
+        stride=(stride, stride),
+        pad=(pad, pad),
+        no_bias=no_bias,
+    )
+
+
+def relu(data: Symbol, name: str) -> Symbol:
+    return create("Activation", data, name=name, act_type="relu")
+
+
+def sigmoid(data: Symbol, name: str) -> Symbol:
+    return create("Activation", data, name=name, act_type="sigmoid")
+
+
+def max_pool(data: Symbol, name: str, kernel: int, stride: int, pad: int = 0) -> Symbol:
+    return create(
+        "Pooling",
+        data,
+        name=name,
+        kernel=(kernel, kernel),
+        stride=(stride, stride),
+        pad=(pad, pad),
+        pool_type="max",
+    )
+
+
+def upsample_like(data: Symbol, like: Symbol, name: str, scale: int) -> Symbol:
+    """Nearest-neighbour upsampling by `scale`, cut to the size of `like`."""
+    up = create("UpSampling", data, name=name, scale=scale, sample_type="nearest", num_args=1)
+    return create("slice_like", up, like, name=f"{name}_clip")
+
+
+def add_n(*terms: Symbol, name: str) -> Symbol:
+    return create("add_n", *terms, name=name)
+
+
+def reshape(data: Symbol, shape: Shape, name: str) -> Symbol:
+    """MXNet's Reshape; for its codes see `symbol.shape_rules.reshape`."""
+    return create("Reshape", data, shape=shape, name=name)
+
+
+def concat(inputs: list[Symbol], dim: int, name: str) -> Symbol:
+    return create("Concat", *inputs, dim=dim, name=name)
+
+
+def cast(data: Symbol, dtype: Literal["float16", "float32"], name: str) -> Symbol:
+    return create("Cast", data, dtype=dtype, name=name)
+
+
+def normalizer_factory(
+    type: Literal["localbn", "syncbn", "fixbn"], ndev: int = 1, wd_mult: float | None = None
+) -> Normalizer:
+    """A function (data, name) -> batch-normalised data.
+
+    localbn: each device's own statistics; syncbn: those of all `ndev` devices; fixbn: the moving statistics, also in
+    training. wd_mult reaches gamma and beta.
+    """
+
+    def local_bn(data: Symbol, name: str) -> Symbol:
+        return create("BatchNorm", data, name=name, wd_mult=wd_mult, **common)
+
+    def sync_bn(data: Symbol, name: str) -> Symbol:
+        return create("_contrib_SyncBatchNorm", data, name=name, ndev=ndev, key=name, wd_mult=wd_mult, **common)
+
+    def fix_bn(data: Symbol, name: str) -> Symbol:
+        return create("BatchNorm", data, name=name, use_global_stats=True, wd_mult=wd_mult, **common)
+
+    common: dict[str, Any] = {"eps": BN_EPS, "momentum": BN_MOMENTUM, "fix_gamma": False}
+    normalizers = {"localbn": local_bn, "syncbn": sync_bn, "fixbn": fix_bn}
+    if type not in normalizers:
+        raise ValueError(f"normalizer type: expected one of {', '.join(normalizers)}, got {type!r}")
+    return normalizers[type]

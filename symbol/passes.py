@@ -1,0 +1,90 @@
+"""Graph to graph: pure functions that rewrite a Symbol and leave the one that they were given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from symbol.graph import Entry, Node, Symbol
+
+
+def rewrite(symbol: Symbol, replace: Callable[[Node, tuple[Entry, ...]], Node | Entry]) -> Symbol:
+    """Rebuild a graph from its inputs up.
+
+    `replace(node, inputs)` gets every operator with its rebuilt inputs and answers with the node to put there, or with
+    the entry to use in place of its first output. Untouched nodes are kept.
+    """
+    new: dict[Entry, Entry] = {}
+    for node in symbol.nodes():
+        inputs = tuple(new.get(entry, entry) for entry in node.inputs)
+        answer = node if node.is_variable else replace(node, inputs)
+        if isinstance(answer, tuple):
+            new[node, 0] = answer
+        elif answer is not node:
+            for index in range(len(answer.output_names())):
+                new[node, index] = (answer, index)
+    return Symbol(tuple(new.get(entry, entry) for entry in symbol.entries))
+
+
+def _with_inputs(node: Node, inputs: tuple[Entry, ...]) -> Node:
+    same = all(a is b and i == j for (a, i), (b, j) in zip(node.inputs, inputs, strict=True))
+    return node if same else Node(node.op, node.name, inputs, node.attrs, node.hints)
+
+
+def without_fp16(symbol: Symbol) -> Symbol:
+    """The same graph in float32 throughout: without its casts between float16 and float32."""
+
+    def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
+        if node.op == "Cast" and node.attrs["dtype"] in ("float16", "float32"):
+            return inputs[0]
+        return _with_inputs(node, inputs)
+
+    return rewrite(symbol, replace)
+
+
+def hoist_bbox_norm(symbol: Symbol) -> Symbol:
+    """Move _contrib_BBoxNorm from under a MakeLoss to behind it: then the loss has the value that its gradient means.
+
+    BBoxNorm passes its data on and divides the gradient by (foreground count + 1). Where everything trainable under a
+    MakeLoss goes through one BBoxNorm, dividing the loss itself gives the same gradient.
+    """
+    labels = {node: label for node in symbol.nodes() if (label := _hoistable(node)) is not None}
+    hoisted = {norm for loss in labels for norm in _norms_below(loss)}
+
+    def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
+        if node in hoisted:
+            return inputs[0]
+        kept = _with_inputs(node, inputs)
+        if node in labels:
+            return Node("_foreground_mean", f"{node.name}_mean", ((kept, 0), labels[node]), MappingProxyType({}))
+        return kept
+
+    return rewrite(symbol, replace) if labels else symbol
+
+
+def _norms_below(loss: Node) -> set[Node]:
+    return {node for node in _below(loss) if node.op == "_contrib_BBoxNorm"}
+
+
+def _below(loss: Node) -> set[Node]:
+    """The nodes under a loss down to variables and to the first BBoxNorm on each path."""
+    seen: set[Node] = set()
+    stack = [loss]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            if node.op != "_contrib_BBoxNorm":
+                stack.extend(child for child, _ in node.inputs)
+    return seen
+
+
+def _hoistable(loss: Node) -> Entry | None:
+    if loss.op != "MakeLoss":
+        return None
+    below = _below(loss)
+    norms = [node for node in below if node.op == "_contrib_BBoxNorm" and node.full_attrs()["normalization"] == "valid"]
+    trainable = any(node.op in ("Convolution", "BatchNorm", "_contrib_SyncBatchNorm") for node in below)
+    if len(norms) != 1 or trainable or len(_norms_below(loss)) != 1:
+        return None
+    return norms[0].inputs[1]

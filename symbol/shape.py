@@ -1,0 +1,88 @@
+"""Shape inference over a graph, forwards and backwards: the rules of `symbol.shape_rules` until nothing changes."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+
+from symbol.attributes import nearest
+from symbol.graph import Entry, Node, Symbol
+from symbol.op_table import Shape, find_op
+from symbol.shape_rules import RULES, MaybeShape, Shapes, merge
+
+
+def infer_shape(symbol: Symbol, given: Mapping[str, Shape]) -> tuple[list[Shape], list[Shape], list[Shape]]:
+    """(argument, output, auxiliary) shapes; see `Symbol.infer_shape`."""
+    known = propagate(symbol, given)
+    inputs = set(symbol.list_inputs())
+    variables = {node.name: known.get((node, 0), ()) for node in symbol.nodes() if node.is_variable}
+    open_names = [name for name, shape in variables.items() if name not in inputs and (not shape or 0 in shape)]
+    outputs = [known.get(entry, ()) for entry in symbol.entries]
+    open_names += [name for name, shape in zip(symbol.list_outputs(), outputs, strict=True) if not shape or 0 in shape]
+    if open_names:
+        came = ", ".join(f"{name}={shape}" for name, shape in given.items()) or "nothing"
+        raise ValueError(
+            f"the shapes of {', '.join(open_names[:8])} do not follow from {came}; give the shape of "
+            f"{', '.join(name for name in inputs if not variables[name] or 0 in variables[name])}"
+        )
+    arguments, auxiliary = symbol.list_arguments(), symbol.list_auxiliary_states()
+    return [variables[name] for name in arguments], outputs, [variables[name] for name in auxiliary]
+
+
+def propagate(symbol: Symbol, given: Mapping[str, Shape]) -> dict[Entry, Shape]:
+    """What is known of every entry, unknown dimensions as 0. Hidden outputs are included."""
+    nodes = symbol.nodes()
+    known = _start(nodes, given)
+    changed = True
+    while changed:
+        changed = False
+        for node in nodes:
+            if not node.is_variable:
+                changed |= _apply(node, known)
+    return known
+
+
+def _start(nodes: list[Node], given: Mapping[str, Shape]) -> dict[Entry, Shape]:
+    variables = [node for node in nodes if node.is_variable]
+    names = {node.name for node in variables}
+    for name, wanted in given.items():
+        if name not in names:
+            raise ValueError(f"no argument '{name}'; nearest: {nearest(name, names)}")
+        if not all(isinstance(dim, int) and dim >= 0 for dim in wanted):
+            raise ValueError(f"the shape of '{name}' must be whole numbers (0: unknown), got {tuple(wanted)}")
+    known: dict[Entry, Shape] = {}
+    for node in variables:
+        hint = node.hints.get("__shape__")
+        shape: MaybeShape = tuple(ast.literal_eval(hint)) if hint else None
+        try:
+            shape = merge(shape, tuple(given[node.name]) if node.name in given else None)
+        except ValueError as error:
+            raise ValueError(f"variable '{node.name}': {error}") from None
+        if shape is not None:
+            known[node, 0] = shape
+    return known
+
+
+def _apply(node: Node, known: dict[Entry, Shape]) -> bool:
+    row = find_op(node.op)
+    outputs: list[Entry] = [(node, index) for index in range(len(row.outputs))]
+    ins: Shapes = [known.get(entry) for entry in node.inputs]
+    outs: Shapes = [known.get(entry) for entry in outputs]
+    slots = row.input_names(node.full_attrs())
+    try:
+        said_ins, said_outs = RULES[node.op](node.full_attrs(), ins, outs)
+    except (ValueError, IndexError) as error:
+        came = ", ".join(f"{slot} {shape}" for slot, shape in zip(slots, ins, strict=True))
+        raise ValueError(f"{node.op} '{node.name}': {error} (inputs: {came})") from None
+    changed = False
+    labels = [*slots, *row.outputs]
+    for label, entry, said in zip(labels, [*node.inputs, *outputs], [*said_ins, *said_outs], strict=True):
+        had = known.get(entry)
+        try:
+            merged = merge(had, said)
+        except ValueError:
+            raise ValueError(f"{node.op} '{node.name}': '{label}' should be {said}, but it is {had}") from None
+        if merged is not None and merged != had:
+            known[entry] = merged
+            changed = True
+    return changed

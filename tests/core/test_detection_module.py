@@ -1,0 +1,235 @@
+"""Training end to end, on a dozen drawn images with a very small network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from config.load import format_config, load_config
+from config.schema import Config
+from core import detection_module
+from core.checkpoint import latest, load_weights
+from core.detection_module import Trainer, fit
+from utils.make_demo_dataset import make_demo_dataset
+
+DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@64_demo.py"
+SMALL = [
+    "General.batch_image=4",
+    "General.loader_worker=0",
+    "General.log_frequency=2",
+    "BackboneParam.num_filter=8",
+    "NeckParam.dim_reduced=8",
+    "NeckParam.num_stage=1",
+    "RpnParam.head.conv_channel=8",
+    "RpnParam.head.num_conv=1",
+    "TestParam.eval_epoch=0",
+    "OptimizeParam.optimizer.lr=0.01",
+    "OptimizeParam.schedule.end_epoch=3",
+    "OptimizeParam.schedule.lr_epoch=2",
+    "OptimizeParam.warmup.epoch=0.5",
+]
+
+Run = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
+    return root
+
+
+@pytest.fixture
+def run(data_root: Path, tmp_path: Path) -> Run:
+    """Trains with overrides; `resume` and `name` as keywords. 9 images twice in batches of 4: 5 steps an epoch."""
+
+    def train(*overrides: str, resume: bool = False, name: str = "run") -> Config:
+        torch.set_num_threads(1)
+        places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
+        config = load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
+        fit(config, format_config(config), resume)
+        return config
+
+    return train
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The process gets a real SIGINT in the middle of this step."""
+    plain = Trainer.step
+
+    def interrupted(self: Trainer, batch: dict[str, Any], number: int) -> Any:
+        record = plain(self, batch, number)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return record
+
+    monkeypatch.setattr(detection_module.Trainer, "step", interrupted)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_writes_checkpoints_its_config_and_its_log(run: Run, tmp_path: Path) -> None:
+    run()
+    folder = tmp_path / "run"
+    tensors, progress = load_weights(folder / "checkpoint-0003.safetensors")
+    assert (progress.epoch, progress.step) == (3, 15)
+    assert progress.class_names == ("circle", "cross", "ring", "square", "star", "triangle")
+    assert tensors.keys() >= {"bn0_moving_mean", "cls_pred_weight"}
+    assert (folder / "checkpoint-0001.safetensors").exists()
+    assert "NeckParam.num_stage = 1" in (folder / "config.txt").read_text()
+    lines = records(folder)
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15]
+    assert lines[-1].keys() == {
+        *("step", "epoch", "lr", "cls_loss", "reg_loss", "fg_acc", "grad_norm"),
+        *("img_per_s", "data_wait", "memory_mib", "eta_s"),
+    }
+    assert lines[-1]["lr"] == pytest.approx(0.001)  # a tenth after epoch 2
+    first, last = lines[0], lines[-1]
+    assert last["cls_loss"] + last["reg_loss"] < first["cls_loss"] + first["reg_loss"]
+    assert "fg_acc" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("step", [2, 4, 5, 11])  # inside an epoch, in its last step, just after, in a later epoch
+def test_an_interrupted_run_resumes_to_the_same_bytes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    run(name="whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        run(name="parts")
+    stopped = latest(tmp_path / "parts")
+    assert stopped is not None
+    assert stopped.progress.step == step + 1
+    run(name="parts", resume=True)
+    whole = load_file(tmp_path / "whole" / "checkpoint-0003.safetensors")
+    parts = load_file(tmp_path / "parts" / "checkpoint-0003.safetensors")
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert {line["step"] for line in records(tmp_path / "parts")} >= {2, 15}
+    assert not list((tmp_path / "parts").glob("checkpoint-step*"))  # replaced by later ones
+
+
+def test_a_seed_repeats_and_another_differs(run: Run, tmp_path: Path) -> None:
+    one_epoch = ("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(*one_epoch, f"General.seed={seed}", name=name)
+    a, b, c = (load_file(tmp_path / name / "checkpoint-0001.safetensors")["conv0_weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+def test_a_finished_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
+    run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"holds a finished run \(1 epochs\).*General.name"):
+            run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()", resume=resume)
+    with pytest.raises(ValueError, match=r"not finished.*--resume"):
+        run()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_resume_refuses_another_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        run()
+    with pytest.raises(ValueError, match="an epoch now has 9 steps"):
+        run("General.batch_image=2", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_images(run: Run, tmp_path: Path) -> None:
+    run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
+    before = (tmp_path / "run" / "checkpoint-0001.safetensors").read_bytes()
+    with pytest.raises(FloatingPointError) as error:
+        run("OptimizeParam.optimizer.lr=1e30", resume=True)
+    message = str(error.value)
+    assert "not finite at step 6" in message  # one update at 1e30 is enough
+    assert "learning rate 1e+30" in message
+    assert message.count(".jpg") == 4
+    assert "checkpoint-0001.safetensors" in message
+    assert (tmp_path / "run" / "checkpoint-0001.safetensors").read_bytes() == before
+    assert not (tmp_path / "run" / "checkpoint-0002.safetensors").exists()
+
+
+def test_a_truncated_image_is_named(run: Run, data_root: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(data_root, broken)
+    victim = sorted((broken / "demo" / "images" / "train").iterdir())[2]
+    victim.write_bytes(victim.read_bytes()[:400])
+    with pytest.raises(ValueError, match=victim.name):
+        run(f"DatasetParam.data_root={broken}")
+
+
+def test_evaluation_between_epochs(run: Run, tmp_path: Path) -> None:
+    run("TestParam.eval_epoch=2", "TestParam.eval_image_set=demo_val")
+    events = [line for line in records(tmp_path / "run") if line.get("event") == "eval"]
+    assert [(event["step"], event["epoch"]) for event in events] == [(10, 2)]
+    assert 0 <= events[0]["AP"] <= 1
+    assert (tmp_path / "run" / "demo_val_result.json").exists()
+
+
+def test_fine_tuning_with_another_class_count_takes_what_fits(run: Run, data_root: Path, tmp_path: Path) -> None:
+    run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()", name="base")
+    weights = tmp_path / "base" / "checkpoint-0001.safetensors"
+    two = tmp_path / "two"
+    shutil.copytree(data_root, two)
+    path = two / "demo" / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    content["categories"] = [{"id": 1, "name": "round"}, {"id": 2, "name": "edgy"}]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = 1 + annotation["category_id"] % 2
+    path.write_text(json.dumps(content))
+    # a learning rate of next to nothing: what was loaded is still there at the end
+    config = run(
+        f"ModelParam.init_from={weights}",
+        f"DatasetParam.data_root={two}",
+        "TestParam.eval_image_set=None",
+        "OptimizeParam.optimizer.lr=1e-20",
+        name="tuned",
+    )
+    assert config.RpnParam.num_class == 3
+    log = (tmp_path / "tuned" / "log.txt").read_text()
+    assert "2 of another shape: cls_pred_weight" in log
+    base = load_file(weights)
+    tuned, progress = load_weights(tmp_path / "tuned" / "checkpoint-0003.safetensors")
+    assert progress.class_names == ("round", "edgy")
+    assert torch.equal(tuned["S1_P4_1_weight"], base["S1_P4_1_weight"])
+    assert tuned["cls_pred_bias"].shape == (18,)
+
+
+def test_the_pretrained_backbone_is_loaded_and_conv0_stays(run: Run, tmp_path: Path) -> None:
+    run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()", name="base")
+    weights = tmp_path / "base" / "checkpoint-0001.safetensors"
+    run(
+        "ModelParam.from_scratch=False",
+        f"ModelParam.pretrain.prefix={weights}",
+        "ModelParam.pretrain.fixed_param=conv0",
+        name="tuned",
+    )
+    base, tuned = load_file(weights), load_file(tmp_path / "tuned" / "checkpoint-0003.safetensors")
+    assert torch.equal(tuned["conv0_weight"], base["conv0_weight"])
+    assert not torch.equal(tuned["stage1_unit1_conv1_weight"], base["stage1_unit1_conv1_weight"])
+    assert "ResNet-18" in (tmp_path / "tuned" / "log.txt").read_text()
+
+
+def test_a_missing_backbone_says_how_to_go_on(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"get_backbone.py.*from_scratch=True"):
+        run("ModelParam.from_scratch=False", f"ModelParam.pretrain.prefix={tmp_path}/none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_than_one_gpu_is_refused_with_the_command_to_use(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--gpus"):
+        run("KvstoreParam.gpus=0,1")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,155 @@
+"""Testing end to end: result file, AP, pictures and refusals, with an untrained network."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from config.load import load_config
+from config.schema import Config
+from core.checkpoint import Progress, epoch_stem, save_checkpoint
+from core.inference import test as run_test
+from symbol import lower
+from utils.make_demo_dataset import make_demo_dataset
+
+DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@64_demo.py"
+SMALL = [
+    "General.loader_worker=0",
+    "BackboneParam.num_filter=8",
+    "NeckParam.dim_reduced=8",
+    "NeckParam.num_stage=1",
+    "RpnParam.head.conv_channel=8",
+    "RpnParam.head.num_conv=1",
+    "RpnParam.proposal.min_det_score=0",
+    "TestParam.batch_image=3",
+]
+CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_demo_dataset(root / "demo", train=1, val=5, size=128, seed=3)
+    return root
+
+
+def load(data_root: Path, tmp_path: Path, *overrides: str) -> Config:
+    places = [f"General.output_root={tmp_path}", "General.name=run", f"DatasetParam.data_root={data_root}"]
+    return load_config(str(DEMO), is_train=False, overrides=[*SMALL, *places, *overrides])
+
+
+def save_untrained(config: Config, names: tuple[str, ...] = CLASSES, epoch: int = 1) -> Path:
+    torch.set_num_threads(1)
+    module = lower(config.ModelParam.test_symbol)
+    progress = Progress(epoch=epoch, step=epoch, seed=0, experiment="run", class_names=names)
+    folder = Path(config.TestParam.model.prefix).parent
+    folder.mkdir(exist_ok=True)
+    return save_checkpoint(folder, epoch_stem(epoch), module.state_dict(), {}, progress).weights
+
+
+def test_result_and_ap_are_those_of_pycocotools(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(data_root, tmp_path)
+    save_untrained(config)
+    (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=2)
+    assert tested.result == tmp_path / "run" / "demo_val_result.json"
+    entries = json.loads(tested.result.read_text())
+    assert {entry["image_id"] for entry in entries} == {1, 2, 3, 4, 5}
+    assert len(entries) == 5 * 100  # max_det_per_image of each
+    with redirect_stdout(io.StringIO()):
+        truth = COCO(str(data_root / "demo" / "annotations" / "instances_val.json"))
+        direct = COCOeval(truth, truth.loadRes(str(tested.result)), "bbox")
+        direct.evaluate()
+        direct.accumulate()
+        direct.summarize()
+    assert tested.evaluation is not None
+    assert tested.evaluation.stats == tuple(direct.stats.tolist())
+    printed = capsys.readouterr().out
+    assert "Average Precision" in printed
+    pictures = sorted((tmp_path / "run" / "draw_demo_val").iterdir())
+    assert [str(picture) in printed for picture in pictures] == [True, True]
+    with Image.open(pictures[0]) as picture:
+        assert picture.width > 900  # two panels
+
+
+def test_boxes_lie_in_the_original_image(data_root: Path, tmp_path: Path) -> None:
+    config = load(data_root, tmp_path)
+    save_untrained(config)
+    (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=0)
+    content = json.loads((data_root / "demo" / "annotations" / "instances_val.json").read_text())
+    sides = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+    reached = []
+    for image in tested.detections:
+        width, height = sides[image.im_id]
+        scale = 128 / max(width, height)
+        # the input's last pixel, brought back to the original
+        assert image.bbox[:, :2].min() >= 0
+        assert image.bbox[:, 2].max() <= (width * scale - 1) / scale + 1e-3
+        assert image.bbox[:, 3].max() <= (height * scale - 1) / scale + 1e-3
+        reached.append(image.bbox[:, 2].max() / width)
+        assert (np.diff(image.score) <= 0).all()
+    assert max(reached) > 0.98
+
+
+def test_the_batch_size_changes_nothing(data_root: Path, tmp_path: Path) -> None:
+    found = []
+    for batch in (1, 4):
+        config = load(data_root, tmp_path, f"TestParam.batch_image={batch}")
+        save_untrained(config)
+        (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=0)
+        found.append(tested.detections)
+    for one, four in zip(*found, strict=True):
+        assert one.im_id == four.im_id
+        np.testing.assert_allclose(one.score, four.score, rtol=1e-4)
+        np.testing.assert_allclose(one.bbox, four.bbox, atol=0.05)
+
+
+def test_an_image_set_without_annotations(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(data_root / "demo", root / "coco")
+    path = root / "coco" / "annotations" / "instances_val.json"
+    content = json.loads(path.read_text())
+    del content["annotations"]
+    path.with_name("image_info_test-dev2017.json").write_text(json.dumps(content))
+    (root / "coco" / "images" / "val").rename(root / "coco" / "images" / "test2017")
+    config = load(root, tmp_path, "DatasetParam.image_set=coco_test-dev2017")
+    save_untrained(config)
+    (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=0)
+    assert tested.evaluation is None
+    assert tested.result.name == "detections_test-dev2017_run_results.json"
+    assert len(json.loads(tested.result.read_text())) == 500
+    assert "coco_test-dev2017 has no annotations: nothing to evaluate" in capsys.readouterr().out
+
+
+def test_a_chosen_epoch_and_a_chosen_file(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load(data_root, tmp_path)
+    first, second = save_untrained(config, epoch=1), save_untrained(config, epoch=2)
+    for checkpoint, epoch, expected in ((None, 1, first), (None, None, second), (first, None, first)):
+        run_test(config, checkpoint, epoch, num_draw=0)
+        assert f"testing {expected} " in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"checkpoint-0007.*holds checkpoint-0001"):
+        run_test(config, None, 7, num_draw=0)
+
+
+def test_weights_of_another_network_are_refused(data_root: Path, tmp_path: Path) -> None:
+    save_untrained(load(data_root, tmp_path, "NeckParam.num_stage=2"))
+    with pytest.raises(ValueError, match=r"do not fit this model:\s+\d+ not expected: S2_"):
+        run_test(load(data_root, tmp_path), None, None, num_draw=0)
+
+
+def test_weights_of_other_classes_are_refused(data_root: Path, tmp_path: Path) -> None:
+    config = load(data_root, tmp_path)
+    save_untrained(config, names=("a", "b", "c", "d", "e", "f"))
+    with pytest.raises(ValueError, match=r"trained on the classes 6 \(a, b, c, d, e, ...\)"):
+        run_test(config, None, None, num_draw=0)

@@ -1,0 +1,260 @@
+"""Draws ground truth (left) and detections (right) of an image side by side.
+
+    python3 utils/draw.py --annotation data/demo/annotations/instances_val.json \\
+        --image-dir data/demo/images/val --result RESULT.json --out drawings
+
+draws the first images of a COCO annotation file with the detections of a COCO result file.
+
+H, W: image sides in pixels; G ground-truth boxes; D detections. Boxes are xyxy in image pixels with inclusive
+corners; classes are numbered 1..K in the order of class_names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]
+
+MIN_PANEL = 480  # smaller images are enlarged until their longer side has so many pixels
+PAPER: Colour = (250, 250, 250)
+INK: Colour = (30, 30, 30)
+
+
+def class_colour(index: int) -> Colour:
+    """RGB colour of class `index` (1..): neighbours differ strongly in hue, later rounds in lightness."""
+    hue = (index * 0.618034) % 1.0  # golden ratio: every new hue falls into the widest gap
+    red, green, blue = colorsys.hsv_to_rgb(hue, (0.9, 0.55)[index // 8 % 2], (1.0, 0.8)[index // 16 % 2])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _text_colour(background: Colour) -> Colour:
+    red, green, blue = background
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
+
+
+def _meet(a: Rectangle, b: Rectangle) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _place_label(
+    box: Rectangle, size: tuple[float, float], area: tuple[int, int], taken: list[Rectangle]
+) -> Rectangle:
+    """Where a label of `size` goes in `area`: above, below or inside its box, the first free place."""
+    x1, y1, x2, y2 = box
+    width, height = size
+    places = []
+    for left in (x1, x2 - width):
+        for top in (y1 - height, y2, y1, y2 - height):
+            left, top = min(max(left, 0), max(area[0] - width, 0)), min(max(top, 0), max(area[1] - height, 0))
+            places.append((left, top, left + width, top + height))
+    return next((p for p in places if not any(_meet(p, t) for t in taken)), places[0])
+
+
+def _draw_panel(
+    image: Image.Image,
+    scale: float,
+    boxes: np.ndarray,
+    classes: np.ndarray,
+    labels: list[str],
+    font: FreeTypeFont,
+) -> None:
+    """Draws boxes (n, 4) and labels on the enlarged image; the first box's label chooses its place first."""
+    draw = ImageDraw.Draw(image)
+    line = max(2, round(max(image.size) / 320))
+    limit = np.array(image.size * 2) - 1
+    corners = np.stack([boxes[:, :2] * scale, (boxes[:, 2:] + 1) * scale - 1], 1).reshape(
+        -1, 4
+    )  # (n, 2, 2) -> (n, 4)
+    corners = np.clip(corners, 0, limit)
+    corners[:, 2:] = np.maximum(corners[:, 2:], corners[:, :2])
+    rectangles: list[Rectangle] = [(x1, y1, x2, y2) for x1, y1, x2, y2 in corners.round().tolist()]
+    for (x1, y1, x2, y2), index in reversed(list(zip(rectangles, classes.tolist(), strict=True))):
+        draw.rectangle(
+            (x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=line + 2
+        )  # seen on any background
+        draw.rectangle((x1, y1, x2, y2), outline=class_colour(index), width=line)
+    places: list[Rectangle] = []
+    for rectangle, label in zip(rectangles, labels, strict=True):
+        left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
+        places.append(_place_label(rectangle, (right - left + 6, bottom - top + 6), image.size, places))
+    for place, index, label in reversed(list(zip(places, classes.tolist(), labels, strict=True))):
+        colour = class_colour(index)
+        left, top, _, _ = draw.textbbox((0, 0), label, font=font)
+        draw.rectangle(place, fill=colour)
+        draw.text((place[0] + 3 - left, place[1] + 3 - top), label, fill=_text_colour(colour), font=font)
+
+
+def _draw_legend(names: dict[int, str], width: int, font: FreeTypeFont) -> Image.Image:
+    """A swatch and a name for every class, in as many lines as `width` asks for."""
+    swatch, gap = round(font.size * 0.8), round(font.size * 0.4)
+    line_height = round(font.size * 1.7)
+    places: list[tuple[int, int]] = []
+    x, y = 8, 0
+    for name in names.values():
+        length = swatch + gap + round(font.getlength(name)) + 2 * gap
+        if x > 8 and x + length > width:
+            x, y = 8, y + line_height
+        places.append((x, y))
+        x += length
+    legend = Image.new("RGB", (width, y + line_height), PAPER)
+    draw = ImageDraw.Draw(legend)
+    for (x, y), (index, name) in zip(places, names.items(), strict=True):
+        middle = y + line_height // 2
+        draw.rectangle(
+            (x, middle - swatch // 2, x + swatch, middle + swatch // 2), fill=class_colour(index), outline=INK
+        )
+        draw.text((x + swatch + gap, middle), name, fill=INK, font=font, anchor="lm")
+    return legend
+
+
+def _check(image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequence[str]) -> None:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image: expected uint8 (H, W, 3) RGB, got {image.dtype} {image.shape}")
+    for name, rows, columns in (("gt", gt, 5), ("det", det, 6)):
+        if rows.ndim != 2 or rows.shape[1] != columns:
+            raise ValueError(f"{name}: expected shape (n, {columns}), got {rows.shape}")
+        if not np.isfinite(rows).all():
+            raise ValueError(f"{name}: a box, score or class is not finite")
+        if len(rows) and rows[:, -1].max() > len(class_names):
+            raise ValueError(
+                f"{name}: class {rows[:, -1].max():g}, but class_names has {len(class_names)} names"
+            )
+
+
+def draw_detections(
+    image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequence[str], *, min_score: float = 0.3
+) -> np.ndarray:
+    """Draws an image twice: with its ground truth, and with its detections; below, a legend of their classes.
+
+    image: (H, W, 3) uint8 RGB; gt: (G, 5) x1, y1, x2, y2, class; det: (D, 6) x1, y1, x2, y2, score, class.
+    Boxes are xyxy in image pixels with inclusive corners; rows whose class is below 1 are padding. Detections
+    that score below min_score are left out. Returns a uint8 RGB image. Raises ValueError for other shapes,
+    values that are not finite and classes without a name.
+    """
+    gt, det = np.asarray(gt, np.float64), np.asarray(det, np.float64)
+    _check(image, gt, det, class_names)
+    gt = gt[gt[:, 4] >= 1]
+    det = det[(det[:, 5] >= 1) & (det[:, 4] >= min_score)]
+    det = det[np.argsort(-det[:, 4], kind="stable")]
+    gt_class, det_class = gt[:, 4].astype(int), det[:, 5].astype(int)
+
+    H, W = image.shape[:2]
+    scale = max(1.0, MIN_PANEL / max(H, W))
+    size = (max(1, round(W * scale)), max(1, round(H * scale)))
+    font = ImageFont.load_default(max(13, round(max(size) / 44)))
+    assert isinstance(font, FreeTypeFont), "with a size, Pillow's default font is scalable"
+    left = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    right = left.copy()
+    _draw_panel(left, scale, gt[:, :4], gt_class, [class_names[c - 1] for c in gt_class], font)
+    labels = [f"{class_names[c - 1]} {score:.2f}" for c, score in zip(det_class, det[:, 4], strict=True)]
+    _draw_panel(right, scale, det[:, :4], det_class, labels, font)
+
+    titles = (f"ground truth: {len(gt)}", f"detections: {len(det)} (score at least {min_score:g})")
+    header, gap = round(font.size * 1.9), max(8, round(font.size / 2))
+    column = max(size[0], *(round(font.getlength(title)) + 16 for title in titles))
+    present = {c: class_names[c - 1] for c in sorted({*gt_class.tolist(), *det_class.tolist()})}
+    legend = _draw_legend(present, 2 * column + gap, font)
+    sheet = Image.new("RGB", (legend.width, header + size[1] + gap + legend.height), PAPER)
+    for x, panel, title in ((0, left, titles[0]), (column + gap, right, titles[1])):
+        ImageDraw.Draw(sheet).text((x + 8, header // 2), title, fill=INK, font=font, anchor="lm")
+        sheet.paste(panel, (x, header))
+    sheet.paste(legend, (0, header + size[1] + gap))
+    return np.asarray(sheet)
+
+
+def _rows(items: list[dict[str, Any]], class_of: dict[int, int], keys: Sequence[str]) -> np.ndarray:
+    """COCO annotations or detections as rows x1, y1, x2, y2, *keys, class: (n, 5 + len(keys))."""
+    rows = []
+    for item in items:
+        x, y, w, h = item["bbox"]
+        rows.append([x, y, x + w - 1, y + h - 1, *(item[key] for key in keys), class_of[item["category_id"]]])
+    return np.array(rows, np.float64).reshape(-1, 5 + len(keys))
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def _by_image(items: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for item in items:
+        groups.setdefault(item["image_id"], []).append(item)
+    return groups
+
+
+def draw_result(
+    annotation: str | Path,
+    image_dir: str | Path,
+    result: str | Path,
+    out: str | Path,
+    limit: int,
+    min_score: float,
+) -> list[Path]:
+    """Draws the first `limit` images of a COCO annotation file with the detections of a COCO result file.
+
+    Writes one PNG per image into the folder `out` and returns their paths. Raises ValueError where the result
+    is not of these annotations, FileNotFoundError where a file is missing.
+    """
+    truth, detections = _read_json(annotation), _read_json(result)
+    if not isinstance(truth, dict) or not isinstance(detections, list):
+        raise ValueError(
+            f"expected COCO annotations (an object) in {annotation} and COCO detections (a list) in {result}"
+        )
+    categories = sorted(truth["categories"], key=lambda category: category["id"])
+    class_of = {category["id"]: index for index, category in enumerate(categories, 1)}
+    unknown = {d["category_id"] for d in detections} - class_of.keys()
+    unknown_image = {d["image_id"] for d in detections} - {image["id"] for image in truth["images"]}
+    if unknown or unknown_image:
+        raise ValueError(
+            f"{result} names {len(unknown)} categories and {len(unknown_image)} images that are not in "
+            f"{annotation}; give the annotation file that the result was computed for"
+        )
+    boxes, found = _by_image(truth.get("annotations", [])), _by_image(detections)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for entry in truth["images"][:limit]:
+        with Image.open(Path(image_dir) / entry["file_name"]) as file:
+            image = np.asarray(file.convert("RGB"))
+        gt = _rows([a for a in boxes.get(entry["id"], []) if not a.get("iscrowd")], class_of, [])
+        det = _rows(found.get(entry["id"], []), class_of, ["score"])
+        drawing = draw_detections(image, gt, det, [c["name"] for c in categories], min_score=min_score)
+        paths.append(out / f"{Path(entry['file_name']).stem}.png")
+        Image.fromarray(drawing).save(paths[-1])
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw detections beside the ground truth.")
+    parser.add_argument("--annotation", required=True, help="COCO annotation json")
+    parser.add_argument("--image-dir", required=True, help="folder of its images")
+    parser.add_argument("--result", required=True, help="COCO result json, as detection_test.py writes it")
+    parser.add_argument("--out", default="drawings", help="folder for the PNG files (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=16, help="images to draw (default: %(default)s)")
+    parser.add_argument(
+        "--min-score", type=float, default=0.3, help="hide detections below (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        paths = draw_result(**vars(options))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    for path in paths:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

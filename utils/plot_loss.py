@@ -1,0 +1,144 @@
+"""Draws the course of a training run from its JSON-lines log.
+
+    python3 utils/plot_loss.py experiments/<name>/log.jsonl --out loss.png
+
+Three panels over the step: the losses, the learning rate, and foreground accuracy with the evaluations' AP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+
+LOSSES = (("cls_loss", "classification", "#0072b2"), ("reg_loss", "box", "#d55e00"))
+LR_COLOUR, ACCURACY_COLOUR, AP_COLOUR = "#4b5d8f", "#009e73", "#aa3377"
+
+
+def read_log(path: str | Path) -> tuple[list[Record], list[Record]]:
+    """Reads the training lines and the evaluation lines of a log, both in the order of their steps.
+
+    A training line has "step" and "cls_loss", an evaluation line "event": "eval", "step" and "AP"; others are
+    passed over. Where the training steps go back, a run was resumed: what lies at and after that step is
+    dropped. A last line that was cut off is passed over. Raises ValueError for any other line that is not a
+    JSON object and for a log without training lines.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    train: list[Record] = []
+    evaluations: list[Record] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError(f"a JSON object was expected, got {line.strip()[:40]}")
+        except ValueError as error:
+            if number == len(lines) and not line.endswith("\n"):
+                break
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if record.get("event") == "eval" and {"step", "AP"} <= record.keys():
+            evaluations.append(record)
+        elif {"step", "cls_loss"} <= record.keys():
+            step = record["step"]
+            if train and train[-1]["step"] >= step:
+                train = [earlier for earlier in train if earlier["step"] < step]
+                evaluations = [earlier for earlier in evaluations if earlier["step"] < step]
+            train.append(record)
+    if not train:
+        raise ValueError(f'{path} has no training lines (objects with "step" and "cls_loss")')
+    return train, evaluations
+
+
+def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values (n,) of the records that have `key`."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    steps, values = np.array(points, np.float64).reshape(-1, 2).T  # (n, 2) -> (2, n)
+    return steps, values
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of a fiftieth of the run, shorter at both ends."""
+    window = np.ones(2 * (len(values) // 100) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+
+
+def _plot_noisy(axes: Axes, records: list[Record], key: str, label: str, colour: str) -> None:
+    """The values pale, their running mean strong."""
+    steps, values = _series(records, key)
+    if len(steps) == 0:
+        return
+    axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+    axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+
+
+def _plot_evaluations(panels: Sequence[Axes], evaluations: list[Record]) -> None:
+    """A dotted line through all panels at every evaluation, its AP as a point in the last panel."""
+    steps, values = _series(evaluations, "AP")
+    for panel in panels:
+        for step in steps:
+            panel.axvline(step, color=AP_COLOUR, alpha=0.35, linewidth=0.8, linestyle=":")
+    panels[-1].plot(
+        steps, values, color=AP_COLOUR, marker="o", markersize=4, linewidth=1, label="AP (evaluation)"
+    )
+    panels[-1].annotate(
+        f"AP {values[-1]:.3f}",
+        (steps[-1], values[-1]),
+        textcoords="offset points",
+        xytext=(-4, 6),
+        ha="right",
+        color=AP_COLOUR,
+    )
+
+
+def plot_loss(jsonl_path: str | Path, png_path: str | Path) -> None:
+    """Draws losses, learning rate, foreground accuracy and evaluations of a training log into a PNG file.
+
+    Raises what read_log raises, FileNotFoundError where the log or the folder of the picture is missing.
+    """
+    train, evaluations = read_log(jsonl_path)
+    figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(3, 1.4, 2))
+    loss, rate, accuracy = panels
+    for key, label, colour in LOSSES:
+        _plot_noisy(loss, train, key, label, colour)
+    rate.plot(*_series(train, "lr"), color=LR_COLOUR, linewidth=1.5)
+    _plot_noisy(accuracy, train, "fg_acc", "foreground accuracy", ACCURACY_COLOUR)
+    if evaluations:
+        _plot_evaluations(panels, evaluations)
+    for panel, name in zip(panels, ("loss", "learning rate", "accuracy, AP"), strict=True):
+        panel.set_ylabel(name)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(frameon=False)
+    figure.suptitle(Path(jsonl_path).resolve().parent.name)
+    accuracy.set_xlabel("step")
+    accuracy.set_xlim(left=0)
+    figure.savefig(png_path, format="png")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Draw losses, learning rate and accuracy of a training log.")
+    parser.add_argument("log", help="the JSON-lines log of a run")
+    parser.add_argument("--out", help="PNG file to write (default: beside the log)")
+    options = parser.parse_args(arguments)
+    out = options.out or str(Path(options.log).with_suffix(".png"))
+    try:
+        plot_loss(options.log, out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from error
+    print(out)
+
+
+if __name__ == "__main__":
+    main()
