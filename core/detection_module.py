@@ -104,6 +104,7 @@ def fit(config: Config, config_text: str, resume: bool = False) -> None:
                 _save(trainer, loader, step, log)
             if end_of_epoch and _is_evaluated(config, step // loader.iter_per_epoch):
                 _evaluate(trainer, step, loader.iter_per_epoch, log)
+                log.restart_clock()
         if step < loader.end_step:
             log.info(f"stopped after step {step}; the same command with --resume goes on from there")
 

@@ -57,6 +57,8 @@ class NetworkTable:
         """The table as text."""
         rows = [("stage", "output", "parameters", "multiply-adds")]
         for stage in self.stages:
+            if not stage.num_parameter:  # pooling between stages, losses
+                continue
             sides = " x ".join(map(str, stage.output))
             rows.append((stage.name, sides, f"{stage.num_parameter:,}", f"{stage.multiply_add:,}"))
         rows.append(("total", "", f"{self.num_parameter:,}", f"{self.multiply_add:,}"))
@@ -94,7 +96,7 @@ def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
         stage = stages.setdefault((kind, name), Stage(name))
         output = known.get((node, 0), ())
         # of a stage of several levels the finest is shown
-        if kind == "backbone" or math.prod(output[2:]) >= math.prod(stage.output[2:]):
+        if kind in ("stem", "backbone") or math.prod(output[2:]) >= math.prod(stage.output[2:]):
             stage.output = output
         for child, _ in node.inputs:
             is_parameter = child.is_variable and child.name not in inputs and child.name not in auxiliary

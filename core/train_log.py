@@ -44,6 +44,10 @@ class TrainLog:
         """The training loop waited for data."""
         self._waited += seconds
 
+    def restart_clock(self) -> None:
+        """What went by since the last step was no training."""
+        self._since = time.perf_counter()
+
     def info(self, text: str) -> None:
         """A line for people."""
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -76,7 +80,8 @@ class TrainLog:
             self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
             self._bar.set_description_str(line)
         self._bar.update(step - self._step)
-        self._since, self._step, self._waited = time.perf_counter(), step, 0.0
+        self._step, self._waited = step, 0.0
+        self.restart_clock()
 
 
 def _line(record: dict[str, Any], end_step: int) -> str:

@@ -5,6 +5,7 @@ Shapes: A anchors per cell, H x W cells. Boxes are xyxy in input pixels with inc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,8 +24,8 @@ def base_anchors(stride: int, scales: Sequence[float], aspects: Sequence[float])
     center = 0.5 * (stride - 1)
     anchors = []
     for aspect in aspects:
-        width = np.rint(np.sqrt(stride * stride / aspect))
-        height = np.rint(width * aspect)
+        width = round(math.sqrt(stride * stride / aspect))
+        height = round(width * aspect)
         for scale in scales:
             half_w, half_h = 0.5 * (width * scale - 1), 0.5 * (height * scale - 1)
             anchors.append((center - half_w, center - half_h, center + half_w, center + half_h))

@@ -71,7 +71,7 @@ class Attr:
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
+    if isinstance(value, bool) or int(value) != value or abs(value) >= 2**63:
         raise ValueError
     return int(value)
 

@@ -46,16 +46,21 @@ def first_value(name: str, shape: Shape, init: str | None, seed: int) -> np.ndar
         init = next((text for ending, text in _BY_ENDING if name.endswith(ending)), None)
         if init is None:
             raise ValueError(f"parameter '{name}' has no initialiser: give its variable one (init=...)")
+    expected = f"parameter '{name}' {shape}: expected an initialiser like {XAVIER}, got {init!r}"
     try:
         kind, arguments = json.loads(init)
-    except ValueError:
-        raise ValueError(f"parameter '{name}': expected an initialiser like {XAVIER}, got {init!r}") from None
+        arguments = dict(arguments)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(expected) from None
     rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
-    fill = _FILLS.get(kind)
+    fill = _FILLS.get(str(kind))
     if fill is None:
         raise ValueError(f"parameter '{name}': unknown initialiser '{kind}'; known: {', '.join(_FILLS)}")
     arguments = {"value": float(kind == "one")} | arguments if fill is _constant else arguments
-    return np.asarray(fill(rng, shape, **arguments), dtype=np.float32)
+    try:
+        return np.asarray(fill(rng, shape, **arguments), dtype=np.float32)
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{expected} ({error})") from None
 
 
 def _constant(rng: np.random.Generator, shape: Shape, value: float) -> np.ndarray:

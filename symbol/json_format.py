@@ -43,7 +43,7 @@ def load_json(text: str) -> Symbol:
     """
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not a symbol's JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("nodes"), list) or not data.get("heads"):
         raise ValueError("not a symbol's JSON: expected an object with a list 'nodes' and 'heads'")
@@ -64,10 +64,13 @@ def _read_node(index: int, row: Any, before: list[Node]) -> Node:
     if not isinstance(row, dict) or not isinstance(row.get("op"), str) or not isinstance(row.get("name"), str):
         raise ValueError(f"node {index}: expected an object with the strings 'op' and 'name', got {str(row)[:80]}")
     op, name = row["op"], row["name"]
-    attrs = row.get("attrs", row.get("attr", row.get("param", {})))
     inputs = row.get("inputs", [])
-    if not isinstance(attrs, dict) or not all(isinstance(v, str) for v in attrs.values()):
-        raise ValueError(f"node '{name}': attrs must map strings to strings, got {str(attrs)[:80]}")
+    attrs: dict[str, str] = {}
+    for key in ("param", "attr", "attrs"):  # old files: the operator's in param, hints in attr
+        given = row.get(key, {})
+        if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
+            raise ValueError(f"node '{name}': {key} must map strings to strings, got {str(given)[:80]}")
+        attrs |= {f"__{k}__" if k in HIDDEN_ATTRIBUTES else k: v for k, v in given.items()}
     if not isinstance(inputs, list):
         raise ValueError(f"node '{name}': inputs must be a list of [node, output, version], got {str(inputs)[:80]}")
     entries = tuple(_read_entry(f"node '{name}'", entry, before) for entry in inputs)
@@ -79,7 +82,7 @@ def _read_node(index: int, row: Any, before: list[Node]) -> Node:
         op_row = find_op(op)
     except ValueError as error:
         raise ValueError(f"node '{name}': {error}") from None
-    hints = {k: v for k, v in attrs.items() if k.startswith("__") or k in HIDDEN_ATTRIBUTES}
+    hints = {k: v for k, v in attrs.items() if k.startswith("__")}
     typed = op_row.parse({k: v for k, v in attrs.items() if k not in hints}, name)
     slots = op_row.input_names(op_row.defaults() | typed)
     if len(slots) != len(entries):
@@ -96,6 +99,6 @@ def _read_entry(where: str, entry: Any, before: list[Node]) -> Entry:
     node, output = entry[0], entry[1]
     if not 0 <= node < len(before):
         raise ValueError(f"{where}: input node {node} does not come before it (there are {len(before)} nodes so far)")
-    if not 0 <= output < _num_outputs(before[node]):
+    if not 0 <= output < len(before[node].output_names()):
         raise ValueError(f"{where}: node '{before[node].name}' has no output {output}")
     return before[node], output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -49,6 +50,8 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
 
 def unsupported(node: Node) -> str | None:
     """What a node asks for that torch is not asked to do, or None."""
+    if node.is_variable:
+        return None
     attrs = node.full_attrs()
     checks = {
         "UpSampling": (
@@ -58,8 +61,11 @@ def unsupported(node: Node) -> str | None:
         "Pooling": (
             attrs.get("pool_type") in ("lp", "sum")
             or attrs.get("pooling_convention") == "same"
-            or attrs.get("count_include_pad") == "False",
-            "only max and padded average pooling, convention valid or full",
+            or attrs.get("count_include_pad") == "False"
+            or any(
+                2 * pad > kernel for pad, kernel in zip(attrs.get("pad", ()), attrs.get("kernel", ()), strict=False)
+            ),
+            "only max and padded average pooling, convention valid or full, padded by half the kernel at most",
         ),
         "BatchNorm": (attrs.get("output_mean_var"), "output_mean_var"),
         "_contrib_SyncBatchNorm": (attrs.get("output_mean_var"), "output_mean_var"),
@@ -77,6 +83,16 @@ def unsupported(node: Node) -> str | None:
     return f"{node.op} '{node.name}': {reason}" if refused else None
 
 
+def _unfit_name(node: Node, inputs: list[str]) -> str | None:
+    """A problem with a variable's name: it becomes part of the code that torch.fx writes and executes."""
+    if not node.is_variable:
+        return None
+    name = node.name
+    fits = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+    taken = name in ("self", "torch") if name in inputs else hasattr(nn.Module(), name)
+    return None if fits and not taken else f"variable {name!r}: not usable as a name in Python; rename it"
+
+
 def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphModule:
     """The graph as a module. Called with its inputs by name, it returns the outputs as a list.
 
@@ -85,20 +101,21 @@ def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphMo
     scalars: their sum, differentiated, gives the gradients that MXNet gives.
 
     Parameters whose shape does not follow yet are made when the module is first called or loaded from a state_dict.
+    To torch.export give the inputs in the order of the module's signature (`data` first, then that of list_inputs): it
+    hands them to a GraphModule by position, whatever their names.
 
     Raises ValueError listing every node that cannot be lowered.
     """
     symbol = hoist_bbox_norm(symbol)
     nodes = symbol.nodes()
-    problems = [problem for node in nodes if not node.is_variable and (problem := unsupported(node))]
+    inputs = sorted(symbol.list_inputs(), key=lambda name: name != "data")
+    problems = [problem for node in nodes if (problem := unsupported(node) or _unfit_name(node, inputs))]
     if problems:
         raise ValueError("cannot be lowered to torch:\n  " + "\n  ".join(problems))
-    inputs = set(symbol.list_inputs())
     root = _parameters(symbol, inputs, input_shapes, seed)
     graph = fx.Graph()
-    values: dict[Entry, fx.Node] = {}
-    for node in sorted((n for n in nodes if n.name in inputs and n.is_variable), key=lambda n: n.name != "data"):
-        values[node, 0] = graph.placeholder(node.name)
+    by_name = {node.name: node for node in nodes if node.is_variable}
+    values: dict[Entry, fx.Node] = {(by_name[name], 0): graph.placeholder(name) for name in inputs}
     training = graph.create_node("get_attr", "training")
     for node in nodes:
         if (node, 0) not in values:
@@ -107,7 +124,7 @@ def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphMo
     if not training.users:
         graph.erase_node(training)
     module = fx.GraphModule(root, graph, "Symbol")
-    _complete_later(module, symbol, seed)
+    _complete_later(module, symbol, inputs, seed)
     return module
 
 
@@ -129,13 +146,11 @@ def _emit(graph: fx.Graph, node: Node, values: dict[Entry, fx.Node], training: f
             values[node, index] = graph.call_function(operator.getitem, (result, index))
 
 
-def _parameters(symbol: Symbol, inputs: set[str], input_shapes: Mapping[str, Shape], seed: int) -> nn.Module:
+def _parameters(symbol: Symbol, inputs: list[str], input_shapes: Mapping[str, Shape], seed: int) -> nn.Module:
     known = propagate(symbol, input_shapes)
     auxiliary = set(symbol.list_auxiliary_states())
     root = nn.Module()
     for name, node in _parameter_nodes(symbol, inputs).items():
-        if hasattr(root, name):
-            raise ValueError(f"the variable name '{name}' is taken by torch.nn.Module; rename it")
         tensor: Tensor
         shape = known.get((node, 0), (0,))
         if 0 in shape:
@@ -150,35 +165,41 @@ def _parameters(symbol: Symbol, inputs: set[str], input_shapes: Mapping[str, Sha
     return root
 
 
-def _parameter_nodes(symbol: Symbol, inputs: set[str]) -> dict[str, Node]:
+def _parameter_nodes(symbol: Symbol, inputs: list[str]) -> dict[str, Node]:
     return {node.name: node for node in symbol.nodes() if node.is_variable and node.name not in inputs}
 
 
-def _complete_later(module: fx.GraphModule, symbol: Symbol, seed: int) -> None:
+def _tensors(module: nn.Module, lazy: bool) -> dict[str, Any]:
+    return {name: t for name, t in [*module.named_parameters(), *module.named_buffers()] if is_lazy(t) == lazy}
+
+
+def _complete_later(module: fx.GraphModule, symbol: Symbol, inputs: list[str], seed: int) -> None:
     """Hooks that give uninitialised parameters their shapes, from loaded tensors or from the first call's inputs."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    lazy = {name: tensor for name, tensor in tensors if is_lazy(tensor)}
-    if not lazy:
-        return
-    inputs = symbol.list_inputs()
-    nodes = _parameter_nodes(symbol, set(inputs))
+    nodes = _parameter_nodes(symbol, inputs)
 
-    def complete(shapes: Mapping[str, Shape]) -> None:
-        for name, tensor in lazy.items():
-            if is_lazy(tensor) and name in shapes:
-                tensor.materialize(shapes[name])
+    def complete(module: nn.Module, given: Mapping[str, Shape]) -> None:
+        made = {name: tuple(tensor.shape) for name, tensor in _tensors(module, lazy=False).items()}
+        known = propagate(symbol, made | dict(given))
+        for name, tensor in _tensors(module, lazy=True).items():
+            shape = known.get((nodes[name], 0), (0,))
+            if 0 not in shape:
+                tensor.materialize(shape)
                 hint = nodes[name].hints.get("__init__")
-                tensor.data.copy_(torch.from_numpy(first_value(name, shapes[name], hint, seed)))
+                tensor.data.copy_(torch.from_numpy(first_value(name, shape, hint, seed)))
+        if not _tensors(module, lazy=True):
+            for hook in hooks:
+                hook.remove()
 
-    def before_load(_: nn.Module, state: Mapping[str, Tensor], *__: Any) -> None:
-        complete({name: tuple(tensor.shape) for name, tensor in state.items()})
+    def before_load(module: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+        given = {name: state.get(prefix + name) for name in _tensors(module, lazy=True)}
+        complete(module, {name: tuple(tensor.shape) for name, tensor in given.items() if tensor is not None})
 
-    def before_forward(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
-        if not any(is_lazy(tensor) for tensor in lazy.values()):
-            return
+    def before_forward(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
         given = dict(zip(inputs, args, strict=False)) | dict(kwargs)
-        known = propagate(symbol, {name: tuple(tensor.shape) for name, tensor in given.items()})
-        complete({name: known[node, 0] for name, node in nodes.items() if (node, 0) in known})
+        complete(module, {name: tuple(tensor.shape) for name, tensor in given.items()})
 
-    module.register_load_state_dict_pre_hook(before_load)
-    module.register_forward_pre_hook(before_forward, with_kwargs=True)
+    if _tensors(module, lazy=True):
+        hooks = [
+            module.register_load_state_dict_pre_hook(before_load),
+            module.register_forward_pre_hook(before_forward, with_kwargs=True),
+        ]

@@ -46,9 +46,11 @@ def hoist_bbox_norm(symbol: Symbol) -> Symbol:
     """Move _contrib_BBoxNorm from under a MakeLoss to behind it: then the loss has the value that its gradient means.
 
     BBoxNorm passes its data on and divides the gradient by (foreground count + 1). Where everything trainable under a
-    MakeLoss goes through one BBoxNorm, dividing the loss itself gives the same gradient.
+    MakeLoss goes through one BBoxNorm, which serves nothing else, dividing the loss itself gives the same gradient.
     """
     labels = {node: label for node in symbol.nodes() if (label := _hoistable(node)) is not None}
+    elsewhere = _walk([head for head, _ in symbol.entries], lambda node: node in labels)
+    labels = {loss: label for loss, label in labels.items() if not _norms_below(loss) & elsewhere}
     hoisted = {norm for loss in labels for norm in _norms_below(loss)}
 
     def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
@@ -68,13 +70,16 @@ def _norms_below(loss: Node) -> set[Node]:
 
 def _below(loss: Node) -> set[Node]:
     """The nodes under a loss down to variables and to the first BBoxNorm on each path."""
+    return _walk([loss], lambda node: node.op == "_contrib_BBoxNorm")
+
+
+def _walk(stack: list[Node], stop: Callable[[Node], bool]) -> set[Node]:
     seen: set[Node] = set()
-    stack = [loss]
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            if node.op != "_contrib_BBoxNorm":
+            if not stop(node):
                 stack.extend(child for child, _ in node.inputs)
     return seen
 

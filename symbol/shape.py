@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import ast
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
-from symbol.attributes import nearest
+from symbol.attributes import Attr, nearest
 from symbol.graph import Entry, Node, Symbol
 from symbol.op_table import Shape, find_op
 from symbol.shape_rules import RULES, MaybeShape, Shapes, merge
@@ -14,7 +15,7 @@ from symbol.shape_rules import RULES, MaybeShape, Shapes, merge
 def infer_shape(symbol: Symbol, given: Mapping[str, Shape]) -> tuple[list[Shape], list[Shape], list[Shape]]:
     """(argument, output, auxiliary) shapes; see `Symbol.infer_shape`."""
     known = propagate(symbol, given)
-    inputs = set(symbol.list_inputs())
+    inputs = symbol.list_inputs()
     variables = {node.name: known.get((node, 0), ()) for node in symbol.nodes() if node.is_variable}
     open_names = [name for name, shape in variables.items() if name not in inputs and (not shape or 0 in shape)]
     outputs = [known.get(entry, ()) for entry in symbol.entries]
@@ -44,23 +45,36 @@ def propagate(symbol: Symbol, given: Mapping[str, Shape]) -> dict[Entry, Shape]:
 
 def _start(nodes: list[Node], given: Mapping[str, Shape]) -> dict[Entry, Shape]:
     variables = [node for node in nodes if node.is_variable]
-    names = {node.name for node in variables}
-    for name, wanted in given.items():
+    names = Counter(node.name for node in variables)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"several variables are named {', '.join(twice[:8])}; give each its own name, or use one twice"
+        )
+    for name in given:
         if name not in names:
             raise ValueError(f"no argument '{name}'; nearest: {nearest(name, names)}")
-        if not all(isinstance(dim, int) and dim >= 0 for dim in wanted):
-            raise ValueError(f"the shape of '{name}' must be whole numbers (0: unknown), got {tuple(wanted)}")
     known: dict[Entry, Shape] = {}
     for node in variables:
         hint = node.hints.get("__shape__")
-        shape: MaybeShape = tuple(ast.literal_eval(hint)) if hint else None
+        shape: MaybeShape = _read_shape(node.name, hint) if hint else None
         try:
-            shape = merge(shape, tuple(given[node.name]) if node.name in given else None)
+            shape = merge(shape, _read_shape(node.name, given[node.name]) if node.name in given else None)
         except ValueError as error:
             raise ValueError(f"variable '{node.name}': {error}") from None
         if shape is not None:
             known[node, 0] = shape
     return known
+
+
+def _read_shape(name: str, value: Any) -> Shape:
+    try:
+        shape = Attr("ints").parse(value)
+    except ValueError:
+        shape = (-1,)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"the shape of '{name}' must be whole numbers (0: unknown), got {value}")
+    return shape
 
 
 def _apply(node: Node, known: dict[Entry, Shape]) -> bool:
@@ -71,7 +85,7 @@ def _apply(node: Node, known: dict[Entry, Shape]) -> bool:
     slots = row.input_names(node.full_attrs())
     try:
         said_ins, said_outs = RULES[node.op](node.full_attrs(), ins, outs)
-    except (ValueError, IndexError) as error:
+    except ValueError as error:
         came = ", ".join(f"{slot} {shape}" for slot, shape in zip(slots, ins, strict=True))
         raise ValueError(f"{node.op} '{node.name}': {error} (inputs: {came})") from None
     changed = False

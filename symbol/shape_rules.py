@@ -24,6 +24,11 @@ def _expect_rank(shape: MaybeShape, rank: int, what: str) -> None:
         raise ValueError(f"{what} must have {rank} dimensions, got {shape}")
 
 
+def _expect_axis(shape: Shape, axis: int) -> None:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"there is no dimension {axis} in {shape}")
+
+
 def _pair(value: Shape, default: int, what: str) -> Shape:
     if not value:
         return (default, default)
@@ -96,7 +101,12 @@ def _pooled_side(side: int, kernel: int, stride: int, pad: int, convention: str)
     span = side + 2 * pad - kernel
     if span < 0:
         raise ValueError(f"kernel {kernel} does not fit into side {side} padded by {pad}")
-    return (span // stride if convention == "valid" else -(-span // stride)) + 1
+    out = (span // stride if convention == "valid" else -(-span // stride)) + 1
+    if (out - 1) * stride >= side + pad:
+        raise ValueError(
+            f"kernel {kernel}, stride {stride} and pad {pad}: the last window of side {side} is padding only"
+        )
+    return out
 
 
 def _pooling(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Shapes, Shapes]:
@@ -118,6 +128,8 @@ def _up_sampling(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[S
     _expect_rank(ins[0], 4, "data")
     if ins[0] is None or len(ins) > 1:
         return ins, outs
+    if attrs["scale"] < 1:
+        raise ValueError(f"scale must be at least 1, got {attrs['scale']}")
     n, c, h, w = ins[0]
     return ins, [(n, c, h * attrs["scale"], w * attrs["scale"])]
 
@@ -129,6 +141,8 @@ def _slice_like(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Sh
     axes = attrs["axes"] or range(min(len(data), len(like)))
     out = list(data)
     for axis in axes:
+        _expect_axis(data, axis)
+        _expect_axis(like, axis)
         out[axis] = like[axis]
         if data[axis] and like[axis] > data[axis]:
             raise ValueError(f"cannot cut {data} to {like}: dimension {axis} is too small")
@@ -139,6 +153,7 @@ def _slice_axis(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Sh
     data, axis, begin, end = ins[0], attrs["axis"], attrs["begin"], attrs["end"]
     if data is None:
         return ins, outs
+    _expect_axis(data, axis)
     if data[axis]:
         size = len(range(data[axis])[begin:end])
         if not size:
@@ -216,8 +231,8 @@ def reshape(shape: Shape, spec: Shape, reverse: bool = False) -> Shape:
 
 
 def _split(size: int, left: int, right: int) -> tuple[int, int]:
-    if left == -1 and right == -1:
-        raise ValueError("-4 can leave only one of its two dimensions open")
+    if left == right == -1 or min(left, right) < -1 or 0 in (left, right):
+        raise ValueError(f"-4 needs two sizes, one of which may be -1; got {left} and {right}")
     left = size // right if left == -1 else left
     right = size // left if right == -1 else right
     if size and left * right != size:
@@ -283,6 +298,8 @@ def _gen_anchor(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Sh
     _expect_rank(ins[0], 4, "cls_prob (N, A*C, H, W)")
     if ins[0] is None:
         return ins, outs
+    if not attrs["scales"] or not attrs["ratios"]:
+        raise ValueError(f"anchors need scales and ratios, got {attrs['scales']} and {attrs['ratios']}")
     count = ins[0][2] * ins[0][3] * len(attrs["scales"]) * len(attrs["ratios"])  # H*W*A
     return ins, [(count, 4)]
 
@@ -293,6 +310,8 @@ def _gen_proposal_retina(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) ->
     if prob is None:
         return ins, outs
     n, channels, h, w = prob
+    if num_anchors < 1 or top_n < 1:
+        raise ValueError(f"num_anchors {num_anchors} and rpn_pre_nms_top_n {top_n} must be at least 1")
     if channels % num_anchors:
         raise ValueError(f"cls_prob has {channels} channels, no multiple of num_anchors {num_anchors}")
     anchors: Shape = (h * w * num_anchors, 4)

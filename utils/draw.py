@@ -46,9 +46,7 @@ def _meet(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _place_label(
-    box: Rectangle, size: tuple[float, float], area: tuple[int, int], taken: list[Rectangle]
-) -> Rectangle:
+def _place_label(box: Rectangle, size: tuple[float, float], area: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
     """Where a label of `size` goes in `area`: above, below or inside its box, the first free place."""
     x1, y1, x2, y2 = box
     width, height = size
@@ -72,16 +70,12 @@ def _draw_panel(
     draw = ImageDraw.Draw(image)
     line = max(2, round(max(image.size) / 320))
     limit = np.array(image.size * 2) - 1
-    corners = np.stack([boxes[:, :2] * scale, (boxes[:, 2:] + 1) * scale - 1], 1).reshape(
-        -1, 4
-    )  # (n, 2, 2) -> (n, 4)
+    corners = np.stack([boxes[:, :2] * scale, (boxes[:, 2:] + 1) * scale - 1], 1).reshape(-1, 4)  # (n, 2, 2) -> (n, 4)
     corners = np.clip(corners, 0, limit)
     corners[:, 2:] = np.maximum(corners[:, 2:], corners[:, :2])
     rectangles: list[Rectangle] = [(x1, y1, x2, y2) for x1, y1, x2, y2 in corners.round().tolist()]
     for (x1, y1, x2, y2), index in reversed(list(zip(rectangles, classes.tolist(), strict=True))):
-        draw.rectangle(
-            (x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=line + 2
-        )  # seen on any background
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=line + 2)  # seen on any background
         draw.rectangle((x1, y1, x2, y2), outline=class_colour(index), width=line)
     places: list[Rectangle] = []
     for rectangle, label in zip(rectangles, labels, strict=True):
@@ -126,9 +120,7 @@ def _check(image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequ
         if not np.isfinite(rows).all():
             raise ValueError(f"{name}: a box, score or class is not finite")
         if len(rows) and rows[:, -1].max() > len(class_names):
-            raise ValueError(
-                f"{name}: class {rows[:, -1].max():g}, but class_names has {len(class_names)} names"
-            )
+            raise ValueError(f"{name}: class {rows[:, -1].max():g}, but class_names has {len(class_names)} names")
 
 
 def draw_detections(
@@ -244,9 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", required=True, help="COCO result json, as detection_test.py writes it")
     parser.add_argument("--out", default="drawings", help="folder for the PNG files (default: %(default)s)")
     parser.add_argument("--limit", type=int, default=16, help="images to draw (default: %(default)s)")
-    parser.add_argument(
-        "--min-score", type=float, default=0.3, help="hide detections below (default: %(default)s)"
-    )
+    parser.add_argument("--min-score", type=float, default=0.3, help="hide detections below (default: %(default)s)")
     options = parser.parse_args(arguments)
     try:
         paths = draw_result(**vars(options))

@@ -3,8 +3,8 @@
     python3 utils/make_demo_dataset.py --out data/demo
 
 makes the image sets demo_train and demo_val under the data root `data`. Shapes differ in size, rotation and
-colour (which says nothing about the class), hide each other, leave the frame, and stand among bars and
-ellipses that are not labelled. Every image depends only on (size, seed, split, index): a larger data set
+colour (which only hints at the class), hide each other, leave the frame, and stand among bars and ellipses
+that are not labelled. Every image depends only on (size, seed, split, index): a larger data set
 begins with the images of a smaller one.
 
 H, W: image sides in pixels; h, w: sides of the window around one shape.
@@ -13,11 +13,13 @@ H, W: image sides in pixels; h, w: sides of the window around one shape.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -28,7 +30,7 @@ Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (u, v) -> inside; th
 
 SPLITS = ("train", "val")
 MIN_SIZE = 32
-MIN_VISIBLE = 0.3  # a shape of which less than this share is seen gets no box
+MIN_VISIBLE = 0.4  # a shape of which less than this share is seen gets no box
 EMPTY_EVERY = 25  # every so many images one has no labelled shape
 SUPERSAMPLE = 3  # subpixels per pixel side, for smooth edges
 
@@ -108,13 +110,25 @@ def _background(rng: np.random.Generator, H: int, W: int) -> np.ndarray:
     return canvas
 
 
-def _colour_against(rng: np.random.Generator, backdrop: np.ndarray, contrast: float) -> np.ndarray:
-    """A random colour (3,) at least `contrast` (in 0..255 RGB, Euclidean) away from the backdrop's mean."""
+def _any_colour(rng: np.random.Generator) -> np.ndarray:
+    """RGB (3,), 0..255."""
+    return rng.uniform(10, 245, 3)
+
+
+def _class_colour(rng: np.random.Generator, category_id: int) -> np.ndarray:
+    """RGB (3,), 0..255: a hue near the class's own, so that colour hints at the class; neighbours overlap."""
+    hue = ((category_id - 1) / len(CLASSES) + rng.normal(0, 0.07)) % 1
+    return 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.35, 1)))
+
+
+def _against(backdrop: np.ndarray, contrast: float, draw: Callable[[], np.ndarray]) -> np.ndarray:
+    """A drawn colour (3,) at least `contrast` (Euclidean) from the backdrop's mean, if one of 50 is."""
     mean = backdrop.reshape(-1, 3).mean(0)  # (h, w, 3) -> (h*w, 3)
-    while True:
-        colour = rng.uniform(10, 245, 3)
+    for _ in range(50):
+        colour = draw()
         if np.linalg.norm(colour - mean) >= contrast:
-            return colour
+            break
+    return colour
 
 
 def _paint(
@@ -123,6 +137,7 @@ def _paint(
     outline: Outline,
     centre: tuple[float, float],
     radius: float,
+    draw_colour: Callable[[], np.ndarray],
     contrast: float,
 ) -> tuple[np.ndarray, int]:
     """Paints one turned shape on the canvas (H, W, 3).
@@ -146,7 +161,7 @@ def _paint(
     seen = coverage[y1 - top : y2 - top, x1 - left : x2 - left]
     patch = canvas[y1:y2, x1:x2]
     shade = rng.uniform(-30, 30) * u[::SUPERSAMPLE, ::SUPERSAMPLE][y1 - top : y2 - top, x1 - left : x2 - left]
-    paint = _colour_against(rng, patch, contrast) + shade[..., None]
+    paint = _against(patch, contrast, draw_colour) + shade[..., None]
     patch += seen[..., None] * (paint - patch)
     covered = np.zeros((H, W), bool)
     covered[y1:y2, x1:x2] = seen >= 0.5
@@ -166,16 +181,18 @@ def draw_scene(rng: np.random.Generator, size: int, num_shape: int) -> tuple[np.
     """
     H, W = (round(size * s) for s in rng.uniform(0.85, 1.15, 2))
     canvas = _background(rng, H, W)
-    for _ in range(rng.integers(4, 11)):
+    for _ in range(rng.integers(3, 8)):
         centre = (rng.uniform(0, W), rng.uniform(0, H))
-        _paint(rng, canvas, CLUTTER[rng.integers(len(CLUTTER))], centre, size * rng.uniform(0.05, 0.3), 20)
+        outline, radius = CLUTTER[rng.integers(len(CLUTTER))], size * rng.uniform(0.05, 0.3)
+        _paint(rng, canvas, outline, centre, radius, partial(_any_colour, rng), 20)
 
     outlines = list(CLASSES.values())
     drawn: list[tuple[int, np.ndarray, int]] = []  # category id, visible pixels, pixels of the whole shape
     for category_id in rng.integers(1, len(outlines) + 1, num_shape).tolist():
-        radius = size / 2 * math.exp(rng.uniform(math.log(0.08), math.log(0.56)))
+        radius = size / 2 * math.exp(rng.uniform(math.log(0.16), math.log(0.56)))
         centre = (rng.uniform(0.5 * radius, W - 0.5 * radius), rng.uniform(0.5 * radius, H - 0.5 * radius))
-        covered, whole = _paint(rng, canvas, outlines[category_id - 1], centre, radius, 75)
+        draw_colour = partial(_class_colour, rng, category_id)
+        covered, whole = _paint(rng, canvas, outlines[category_id - 1], centre, radius, draw_colour, 75)
         for _, visible, _ in drawn:
             visible &= ~covered
         drawn.append((category_id, covered, whole))
@@ -206,12 +223,10 @@ def _make_split(out: Path, split: str, count: int, size: int, seed: int) -> Path
     for index in range(count):
         rng = np.random.default_rng((seed, SPLITS.index(split), index))
         empty = index % EMPTY_EVERY == EMPTY_EVERY - 1
-        image, boxes = draw_scene(rng, size, 0 if empty else int(rng.integers(1, 8)))
+        image, boxes = draw_scene(rng, size, 0 if empty else int(rng.integers(1, 6)))
         file_name = f"{index + 1:06d}.jpg"
         Image.fromarray(image).save(image_dir / file_name, quality=92)
-        images.append(
-            {"id": index + 1, "file_name": file_name, "height": image.shape[0], "width": image.shape[1]}
-        )
+        images.append({"id": index + 1, "file_name": file_name, "height": image.shape[0], "width": image.shape[1]})
         annotations += [_annotation(len(annotations) + i, index + 1, box) for i, box in enumerate(boxes, 1)]
 
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
@@ -248,9 +263,7 @@ def make_demo_dataset(out: str | Path, train: int, val: int, size: int, seed: in
     ):
         if value < least:
             raise ValueError(f"--{name} is {value}; expected at least {least}")
-    return [
-        _make_split(Path(out), split, n, size, seed) for split, n in zip(SPLITS, (train, val), strict=True)
-    ]
+    return [_make_split(Path(out), split, n, size, seed) for split, n in zip(SPLITS, (train, val), strict=True)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -258,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="data/demo", help="folder to write (default: %(default)s)")
     parser.add_argument("--train", type=int, default=400, help="training images (default: %(default)s)")
     parser.add_argument("--val", type=int, default=100, help="validation images (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=160, help="typical side in pixels (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=144, help="typical side in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     try:

@@ -86,9 +86,7 @@ def _plot_evaluations(panels: Sequence[Axes], evaluations: list[Record]) -> None
     for panel in panels:
         for step in steps:
             panel.axvline(step, color=AP_COLOUR, alpha=0.35, linewidth=0.8, linestyle=":")
-    panels[-1].plot(
-        steps, values, color=AP_COLOUR, marker="o", markersize=4, linewidth=1, label="AP (evaluation)"
-    )
+    panels[-1].plot(steps, values, color=AP_COLOUR, marker="o", markersize=4, linewidth=1, label="AP (evaluation)")
     panels[-1].annotate(
         f"AP {values[-1]:.3f}",
         (steps[-1], values[-1]),

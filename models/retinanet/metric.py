@@ -34,7 +34,7 @@ class FGAccMetric:
         """Count one batch: labels[0] (N, K) with -1, 0, 1..C, preds[0] (N, K, C) logits or probabilities."""
         label, pred = labels[0], preds[0]
         foreground = label >= 1
-        correct = foreground & (pred.argmax(dim=2) + 1 == label)
+        correct = pred.argmax(dim=2) + 1 == label  # false for background and ignored anchors
         self._correct = self._correct + correct.sum()
         self._count = self._count + foreground.sum()
 

@@ -159,9 +159,7 @@ def files(tmp_path: Path) -> dict[str, str]:
     for name in ("a.png", "b.png"):
         Image.fromarray(flat(480, 480)).save(tmp_path / name)
     truth = {
-        "images": [
-            {"id": i, "file_name": f"{n}.png", "height": 480, "width": 480} for i, n in ((5, "a"), (6, "b"))
-        ],
+        "images": [{"id": i, "file_name": f"{n}.png", "height": 480, "width": 480} for i, n in ((5, "a"), (6, "b"))],
         "annotations": [
             {"id": 1, "image_id": 5, "category_id": 7, "bbox": [100, 100, 200, 100], "iscrowd": 0},
             {"id": 2, "image_id": 5, "category_id": 3, "bbox": [10, 300, 200, 100], "iscrowd": 1},

@@ -1,5 +1,6 @@
 """The demo data set: outlines, boxes of what is visible, and files that COCO's own tools read."""
 
+import colorsys
 import json
 import math
 import subprocess
@@ -50,7 +51,9 @@ def test_outline_has_its_area_and_fits_the_unit_circle(name: str, area: float) -
 
 def test_paint_reports_covered_pixels_and_whole_size() -> None:
     canvas = np.full((40, 60, 3), 100, np.float32)
-    covered, whole = demo._paint(np.random.default_rng(0), canvas, demo._circle, (60.0, 20.0), 10.0, 75)
+    rng = np.random.default_rng(0)
+    red = np.array([250.0, 0, 0])
+    covered, whole = demo._paint(rng, canvas, demo._circle, (60.0, 20.0), 10.0, lambda: red, 75)
     # A circle centred on the right border: its left half is seen, columns 50..59 and rows 10..29.
     assert whole == pytest.approx(math.pi * 100, rel=0.02)
     assert covered.sum() == pytest.approx(whole / 2, rel=0.02)
@@ -65,8 +68,8 @@ def test_paint_reports_covered_pixels_and_whole_size() -> None:
     "columns, expected",
     [
         (5, [(5, 0, 9, 9), (0, 0, 4, 9)]),  # half of the first shape stays: its box is what is seen
-        (7, [(7, 0, 9, 9), (0, 0, 6, 9)]),  # 30 of 100 pixels are just enough
-        (8, [(0, 0, 7, 9)]),  # a fifth is not
+        (6, [(6, 0, 9, 9), (0, 0, 5, 9)]),  # 40 of 100 pixels are just enough
+        (7, [(0, 0, 6, 9)]),  # 30 are not
     ],
 )
 def test_hidden_shapes_lose_their_box(
@@ -87,6 +90,15 @@ def test_hidden_shapes_lose_their_box(
     _, boxes = demo.draw_scene(np.random.default_rng(0), 40, 2)
     assert [box.xyxy for box in boxes] == expected
     assert boxes[-1].area == 10 * columns
+
+
+def test_colour_hints_at_the_class() -> None:
+    rng = np.random.default_rng(0)
+    for category_id in range(1, len(demo.CLASSES) + 1):
+        hues = np.array([colorsys.rgb_to_hsv(*(demo._class_colour(rng, category_id) / 255))[0] for _ in range(200)])
+        away = (hues - (category_id - 1) / len(demo.CLASSES) + 0.5) % 1 - 0.5  # on the circle of hues
+        assert abs(away.mean()) < 0.02
+        assert 0.05 < away.std() < 0.09  # neighbours are 1 / 6 apart
 
 
 def test_background_clutter_has_no_box() -> None:

@@ -38,9 +38,7 @@ def has_colour(path: Path, colour: str) -> bool:
 
 
 def test_lines_are_sorted_into_training_and_evaluation(tmp_path: Path) -> None:
-    log = write(
-        tmp_path / "log.jsonl", {"event": "start"}, line(10), evaluation(10, 0.3), line(20), tail="\n"
-    )
+    log = write(tmp_path / "log.jsonl", {"event": "start"}, line(10), evaluation(10, 0.3), line(20), tail="\n")
     train, evaluations = plot_loss.read_log(log)
     assert [record["step"] for record in train] == [10, 20]
     assert evaluations == [evaluation(10, 0.3)]
