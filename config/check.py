@@ -12,6 +12,7 @@ from config.schema import AnchorGenerate, Config
 from config.section import leaves
 
 _AT_LEAST_ONE = (
+    "OptimizeParam.schedule.end_epoch",
     "General.batch_image",
     "General.log_frequency",
     "BackboneParam.num_filter",
@@ -32,7 +33,6 @@ _AT_LEAST_ZERO = (
     "NormalizeParam.wd_mult",
     "RpnParam.focal_loss.gamma",
     "OptimizeParam.optimizer.wd",
-    "OptimizeParam.schedule.begin_epoch",
     "OptimizeParam.warmup.epoch",
     "TestParam.eval_epoch",
     "AnchorTarget2DParam.assign.allowed_border",
@@ -173,11 +173,6 @@ def _check_assignment(config: Config) -> None:
 
 def _check_schedule(config: Config) -> None:
     schedule, warmup = config.OptimizeParam.schedule, config.OptimizeParam.warmup
-    if schedule.begin_epoch >= schedule.end_epoch:
-        raise ValueError(
-            f"OptimizeParam.schedule: expected begin_epoch below end_epoch, got {schedule.begin_epoch} and "
-            f"{schedule.end_epoch}"
-        )
     inside = all(0 < epoch < schedule.end_epoch for epoch in schedule.lr_epoch)
     if not inside or any(first >= second for first, second in pairwise(schedule.lr_epoch)):
         steps = f"{0.6 * schedule.end_epoch:g},{0.8 * schedule.end_epoch:g}"

@@ -155,7 +155,6 @@ class Optimizer(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Schedule(Section):
-    begin_epoch: int = 0
     end_epoch: int = 25
     lr_epoch: tuple[float, ...] = (15.0, 20.0)  # epochs after which lr is multiplied by lr_factor
     lr_factor: float = 0.1

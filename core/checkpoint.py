@@ -133,7 +133,7 @@ def _write_failure(pair: Checkpoint, needed: int, error: OSError) -> str:
         whole = _pairs(folder)
         if whole:
             message += f" The previous one, {whole[-1].weights}, is whole."
-    return message + " Make room or make the folder writable, then start the same command again: it resumes."
+    return message + " Make room or make the folder writable, then go on with --resume."
 
 
 def _prune(newest: Checkpoint) -> None:

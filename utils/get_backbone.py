@@ -2,7 +2,7 @@
 
     python3 utils/get_backbone.py --depth 50
 
-The weights are timm's copies of torchvision's (BSD-3-Clause), from huggingface.co.
+The weights are timm's copies of torchvision's (BSD-3-Clause), on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def get_backbone(depth: int, out: Path) -> None:
         ValueError: what came is not that network.
     """
     repository = f"timm/resnet{depth}.tv_in1k"
-    by_hand = f"or download {FILE_NAME} from https://huggingface.co/{repository} by other means and put it at {out}"
+    by_hand = f"or download {FILE_NAME} of {repository} on the Hugging Face hub by other means and put it at {out}"
     try:
         from huggingface_hub import hf_hub_download
     except ModuleNotFoundError:

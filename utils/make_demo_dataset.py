@@ -168,6 +168,14 @@ def _paint(
     return covered, int((coverage >= 0.5).sum())
 
 
+def _free_place(
+    rng: np.random.Generator, margin: float, W: int, H: int, taken: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Of four random places the one furthest from those taken: shapes meet, but seldom cover each other."""
+    places = [(rng.uniform(margin, W - margin), rng.uniform(margin, H - margin)) for _ in range(4)]
+    return max(places, key=lambda place: min((math.dist(place, other) for other in taken), default=0.0))
+
+
 def _tight_box(category_id: int, visible: np.ndarray) -> Box:
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     xyxy = (int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1]))
@@ -187,10 +195,12 @@ def draw_scene(rng: np.random.Generator, size: int, num_shape: int) -> tuple[np.
         _paint(rng, canvas, outline, centre, radius, partial(_any_colour, rng), 20)
 
     outlines = list(CLASSES.values())
+    centres: list[tuple[float, float]] = []
     drawn: list[tuple[int, np.ndarray, int]] = []  # category id, visible pixels, pixels of the whole shape
     for category_id in rng.integers(1, len(outlines) + 1, num_shape).tolist():
-        radius = size / 2 * math.exp(rng.uniform(math.log(0.16), math.log(0.56)))
-        centre = (rng.uniform(0.5 * radius, W - 0.5 * radius), rng.uniform(0.5 * radius, H - 0.5 * radius))
+        radius = size / 2 * math.exp(rng.uniform(math.log(0.2), math.log(0.56)))
+        centre = _free_place(rng, 0.8 * radius, W, H, centres)
+        centres.append(centre)
         draw_colour = partial(_class_colour, rng, category_id)
         covered, whole = _paint(rng, canvas, outlines[category_id - 1], centre, radius, draw_colour, 75)
         for _, visible, _ in drawn:
@@ -198,7 +208,7 @@ def draw_scene(rng: np.random.Generator, size: int, num_shape: int) -> tuple[np.
         drawn.append((category_id, covered, whole))
 
     boxes = [_tight_box(c, seen) for c, seen, whole in drawn if seen.sum() >= max(1, MIN_VISIBLE * whole)]
-    canvas += rng.normal(0, rng.uniform(2, 9), canvas.shape)
+    canvas += rng.normal(0, rng.uniform(2, 7), canvas.shape)
     return canvas.clip(0, 255).round().astype(np.uint8), boxes
 
 

@@ -51,7 +51,7 @@ def test_the_recipe_passes() -> None:
         (["AnchorTarget2DParam.assign.min_pos_thr=0.6"], r"assign.min_pos_thr \(0.6\) exceeds pos_thr"),
         (["NormParam.std=1,0,1"], "NormParam.std: expected positive numbers"),
         (["RenameParam.mapping={'image': 'x'}"], "RenameParam.mapping: expected 'image' to become 'data'"),
-        (["OptimizeParam.schedule.begin_epoch=25"], "expected begin_epoch below end_epoch, got 25 and 25"),
+        (["OptimizeParam.schedule.end_epoch=0"], "OptimizeParam.schedule.end_epoch: expected at least 1, got 0"),
         (["OptimizeParam.schedule.end_epoch=10"], r"between 0 and end_epoch \(10\), .* write such as 6,8"),
         (["OptimizeParam.schedule.lr_epoch=15,25"], r"between 0 and end_epoch \(25\), got \(15.0, 25.0\)"),
         (["OptimizeParam.schedule.lr_epoch=20,15"], "lr_epoch: expected growing epochs"),

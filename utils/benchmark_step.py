@@ -1,0 +1,87 @@
+"""Times a training step of a config, part by part, on random images.
+
+    python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@64_demo.py --steps 10
+
+Nothing is read from disk or written. Every part ends with the device's work done, so the parts sum to a little
+more than a step of a run, in which they overlap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from config.load import load_config
+from config.schema import Config
+from core.detection_module import Trainer, build_trainer
+from core.device import peak_memory, select_device
+
+
+def random_batch(config: Config, device: torch.device) -> dict[str, Any]:
+    """A batch as the loader gives it: full-size images with 8 boxes each."""
+    generator = torch.Generator().manual_seed(0)
+    batch, pad = config.General.batch_image, config.PadParam
+    image = torch.randint(0, 256, (batch, pad.short, pad.long, 3), dtype=torch.uint8, generator=generator)
+    gt_bbox = torch.full((batch, pad.max_num_gt, 5), -1.0)
+    corner = torch.rand(batch, 8, 2, generator=generator) * pad.short * 0.7
+    side = pad.short * (0.05 + 0.25 * torch.rand(batch, 8, 2, generator=generator))
+    gt_bbox[:, :8] = torch.cat([corner, corner + side, torch.ones(batch, 8, 1)], dim=2)
+    im_info = torch.tensor([[pad.short, pad.long, 1.0]]).repeat(batch, 1)
+    return {"image": image.to(device), "gt_bbox": gt_bbox.to(device), "im_info": im_info.to(device)}
+
+
+def time_step(trainer: Trainer, batch: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each part of one step."""
+    config, parts, clock = trainer.config, {}, time.perf_counter()
+
+    def lap(name: str) -> None:
+        nonlocal clock
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize(trainer.device)
+        parts[name] = time.perf_counter() - clock
+        clock = time.perf_counter()
+
+    for transform in config.transform.batch:
+        transform.apply(batch)
+    lap("batch transforms and targets")
+    outputs = trainer.module(**{name: batch[name] for name in config.data_name + config.label_name})
+    loss = sum(outputs[: len(config.ModelParam.train_symbol)])
+    lap("forward and losses")
+    trainer.optimizer.zero_grad()
+    loss.backward()
+    lap("backward")
+    trainer.optimizer.step(1e-9)
+    lap("update")
+    return parts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time a training step of a config, part by part.")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps, after two that are not")
+    arguments = parser.parse_args()
+    overrides = ["ModelParam.from_scratch=True", "RpnParam.num_class=81", *arguments.set]
+    config = load_config(arguments.config, is_train=True, overrides=overrides)
+    device = select_device(config.KvstoreParam.gpus)
+    trainer, _ = build_trainer(config, device, iter_per_epoch=1000, start=None)
+    times = [time_step(trainer, random_batch(config, device)) for _ in range(arguments.steps + 2)][2:]
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{config.General.name} on {name}, torch {torch.__version__}, {config.General.batch_image} images a step")
+    for part in times[0]:
+        print(f"  {part:<30} {1000 * statistics.median(row[part] for row in times):9.1f} ms")
+    total = statistics.median(sum(row.values()) for row in times)
+    print(f"  {'step':<30} {1000 * total:9.1f} ms, {config.General.batch_image / total:.2f} img/s")
+    print(f"  {'peak memory':<30} {peak_memory(device) / 2**20:9.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
