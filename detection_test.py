@@ -26,6 +26,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
+    if parsed.draw < 0:
+        raise ValueError(f"--draw: expected 0 or more images, got {parsed.draw}")
     config = load_config(parsed.config, is_train=False, overrides=overrides(parsed))
     from core.inference import test
 

@@ -7,8 +7,10 @@ python3 detection_train.py --config ... --gpus cpu --set General.batch_image=1 -
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from config.load import format_config, load_config
 
@@ -37,6 +39,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
     """The --set values, and what --gpus and --data-root are short for."""
+    if arguments.gpus is not None and not re.fullmatch(r"cpu|\d+(,\d+)*", arguments.gpus):
+        raise ValueError(f"--gpus: expected cpu or device numbers such as 0, got {arguments.gpus!r}")
     short = {"KvstoreParam.gpus": arguments.gpus, "DatasetParam.data_root": arguments.data_root}
     return [*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
@@ -55,12 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     fit(config, format_config(config), resume=parsed.resume)
 
 
-def run(program: object) -> None:
+def run(program: Callable[[], None]) -> None:
     """Call a program's main; an error that a user can mend is one message and exit status 1."""
     try:
-        program()  # type: ignore[operator]
+        program()
     except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("NECKLACE_TRACEBACK"):
+            raise
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class General(Section):
 class KvstoreParam(Section):
     """Where it runs."""
 
-    kvstore: Literal["local", "device", "dist_sync"] = "local"
+    kvstore: Literal["local", "device", "dist_sync"] = "local"  # of no effect on one device
     gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # () trains on the CPU
     batch_image: int = derived("General.batch_image")
     fp16: bool = derived("General.fp16")
@@ -125,7 +125,7 @@ class DatasetParam(Section):
 @dataclass(kw_only=True, slots=True)
 class Pretrain(Section):
     prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b; .safetensors or .pth is looked for
-    fixed_param: tuple[str, ...] = ("conv0",)  # parameters whose names start so stay as loaded
+    fixed_param: tuple[str, ...] = ("conv0",)  # parameters whose names start so stay as loaded; none from scratch
 
 
 @dataclass(kw_only=True, slots=True)

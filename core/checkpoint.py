@@ -36,6 +36,7 @@ class Progress:
     step: int  # updates that are done
     seed: int
     experiment: str
+    iter_per_epoch: int = 0  # updates in an epoch; 0: not known
     class_names: tuple[str, ...] = ()
 
     def to_metadata(self) -> dict[str, str]:

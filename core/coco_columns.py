@@ -35,7 +35,7 @@ def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
     content = read_json(path, object_hook=annotations.take)
     categories = checked_categories(content.get("categories"), path)
     images = _checked_images(content.get("images"), path)
-    has_annotation = "annotations" in content
+    has_annotation = bool(content.get("annotations"))  # an empty list says no more than none
     _check_all_taken(content.get("annotations", []), len(annotations.id), path)
     image_id = np.array([image["id"] for image in images], np.int64)
     _check_unique(image_id, "images", path)
@@ -83,14 +83,16 @@ class _Annotations:
                 raise TypeError
             self.xywh.extend(box)
             self.area.append(item.get("area", box[2] * box[3]))
-            self.crowd.append(bool(item.get("iscrowd", 0)))
+            if item.get("iscrowd", 0) not in (0, 1):
+                raise TypeError
+            self.crowd.append(int(item.get("iscrowd", 0)))
             self.id.append(item["id"])
             self.image_id.append(item["image_id"])
             self.category_id.append(item["category_id"])
         except (TypeError, OverflowError):
-            shown = {key: item[key] for key in (*sorted(_ANNOTATION_KEYS), "area") if key in item}
+            shown = {key: item[key] for key in (*sorted(_ANNOTATION_KEYS), "area", "iscrowd") if key in item}
             raise ValueError(
-                f"{self.path}: annotation {shown}: expected integer ids, a numeric area and a bbox of "
+                f"{self.path}: annotation {shown}: expected integer ids, iscrowd 0 or 1, a numeric area and a bbox of "
                 f"four numbers [x, y, width, height]"
             ) from None
         return None
@@ -105,7 +107,9 @@ def _checked_images(images: Any, path: str) -> list[dict[str, Any]]:
         if missing:
             raise ValueError(f"{path}: images[{i}] has no {', '.join(map(repr, missing))}: {image}")
         numbers = [image[key] for key in ("id", "height", "width")]
-        sides_fit = all(type(x) is int for x in numbers) and all(0 < x < 2**31 for x in numbers[1:])
+        sides_fit = (
+            all(type(x) is int for x in numbers) and abs(numbers[0]) < 2**63 and all(0 < x < 2**31 for x in numbers[1:])
+        )
         if not sides_fit or not isinstance(image["file_name"], str) or not image["file_name"]:
             raise ValueError(
                 f"{path}: images[{i}]: expected an integer id, a file name, and height and width as positive "

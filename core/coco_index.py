@@ -21,7 +21,7 @@ import numpy as np
 from core.coco_columns import Columns, read_columns
 from core.image_set import ImageSet, require_annotation, require_image_dir
 
-_FORMAT = 1  # part of the cache key: raise it when the columns or the rule for boxes change
+_FORMAT = 2  # part of the cache key: raise it when the columns or the rule for boxes change
 _META = "meta.json"
 _SHOWN = 5  # offenders that an error names
 
@@ -163,7 +163,8 @@ def _check_images_exist(index: CocoIndex) -> None:
         folder, name = os.path.split(os.path.join(index.image_set.image_dir, file_name))
         if folder not in listed:
             listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in listed[folder]:
+        # file systems that ignore case or normalise names have files that are not listed as they are asked for
+        if name not in listed[folder] and not os.path.exists(os.path.join(folder, name)):
             missing.append(file_name)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")

@@ -3,10 +3,12 @@
 A record is a dict. Sample transforms (`ReadRoiRecord` to `Pad2DImageBbox`) change the record of one image in
 place:
 
-    image_path, h, w    the file, and its height and width by the annotations image               (H, W, 3)
-    uint8 RGB im_info             (3,) float32: height and width of the image before padding, and input pixels
-    per file pixel gt_bbox             (G, 5) float32: x1, y1, x2, y2, class 1..K flipped             whether
-    this sample is the mirrored one rng                 np.random.Generator, the only source of randomness
+    image_path, h, w    the file, and its height and width by the annotations
+    image               (H, W, 3) uint8 RGB
+    im_info             (3,) float32: height and width of the image before padding, input pixels per file pixel
+    gt_bbox             (G, 5) float32: x1, y1, x2, y2, class 1..K
+    flipped             whether this sample is the mirrored one
+    rng                 np.random.Generator, the only source of randomness
 
 Batch transforms change a batch: the same names, torch tensors with N first. Boxes are xyxy with inclusive
 corners, in pixels of `image` as it is at that point.

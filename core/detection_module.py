@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 
 import symbol as S
 from core.checkpoint import Checkpoint, Progress, epoch_stem, latest, read_tensors, save_checkpoint, step_stem
+from core.coco_index import open_index
 from core.device import peak_memory, place, select_device, to_device
 from core.evaluation import STAT_NAMES
 from core.experiment import experiment_folder, find_start, store_config
 from core.first_weights import load_first_weights
+from core.image_set import resolve
 from core.inference import build_test_module, test_image_set
 from core.loader import TrainLoader, make_train_loader
 from core.optimizer import SGD, multipliers
@@ -53,7 +56,7 @@ class Trainer:
     metrics: list[tuple[Any, slice]]  # each with the span of its outputs among the module's
 
     def step(self, batch: dict[str, Any], step: int) -> StepRecord:
-        """One update; nothing is waited for."""
+        """One update. What it computes stays on the device; the losses are not waited for."""
         graph, lr = self.config.ModelParam.train_symbol, self.schedule.lr_at(step)
         for transform in self.config.transform.batch:
             transform.apply(batch)
@@ -80,6 +83,7 @@ def fit(config: Config, config_text: str, resume: bool = False) -> None:
     device = select_device(config.KvstoreParam.gpus)
     start = find_start(config, resume)
     loader = make_train_loader(config)
+    _check_evaluation(config)
     trainer, notes = build_trainer(config, device, loader.iter_per_epoch, start)
     step = _first_step(start, loader)
     loader.start_step, loader.end_step = step, config.OptimizeParam.schedule.end_epoch * loader.iter_per_epoch
@@ -90,17 +94,18 @@ def fit(config: Config, config_text: str, resume: bool = False) -> None:
         for note in [*notes, *_describe(config, loader, trainer)]:
             log.info(note)
         batches = iter(loader)
-        while step < loader.end_step and not stop.requested:
+        stopping = False
+        while step < loader.end_step and not stopping:
             began = time.perf_counter()
             batch = to_device(next(batches), device)
             log.waited(time.perf_counter() - began)
             pending.append(trainer.step(batch, step))
             step += 1
-            end_of_epoch = step % loader.iter_per_epoch == 0
-            if end_of_epoch or stop.requested or step % config.General.log_frequency == 0:
-                _log_steps(log, trainer, pending)  # the one place that waits for the device
+            stopping, end_of_epoch = stop.requested, step % loader.iter_per_epoch == 0
+            if end_of_epoch or stopping or step % config.General.log_frequency == 0:
+                _log_steps(log, trainer, pending)  # waits for the device, and refuses what is not finite
                 pending = []
-            if end_of_epoch or stop.requested:
+            if end_of_epoch or stopping:
                 _save(trainer, loader, step, log)
             if end_of_epoch and _is_evaluated(config, step // loader.iter_per_epoch):
                 _evaluate(trainer, step, loader.iter_per_epoch, log)
@@ -159,13 +164,14 @@ def build_schedule(config: Config, iter_per_epoch: int) -> LrSchedule:
 def _first_step(start: Checkpoint | None, loader: TrainLoader) -> int:
     if start is None:
         return 0
-    step, epoch = start.progress.step, start.progress.epoch
-    if step // loader.iter_per_epoch != epoch:
+    before, seed = start.progress, loader.dataset.seed
+    if (before.iter_per_epoch, before.seed) != (loader.iter_per_epoch, seed):
         raise ValueError(
-            f"{start.weights} was written in epoch {epoch} at step {step}, but an epoch now has "
-            f"{loader.iter_per_epoch} steps: resume with the batch size and the images that it was trained with"
+            f"{start.weights} was trained with {before.iter_per_epoch} steps an epoch and seed {before.seed}; now an "
+            f"epoch has {loader.iter_per_epoch} steps and the seed is {seed}: resume with the batch size, the images "
+            "and the seed that it was trained with"
         )
-    return step
+    return before.step
 
 
 def _describe(config: Config, loader: TrainLoader, trainer: Trainer) -> list[str]:
@@ -218,12 +224,22 @@ def _save(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog) -> No
         step=step,
         seed=general.seed,
         experiment=str(general.name),
+        iter_per_epoch=loader.iter_per_epoch,
         class_names=loader.dataset.class_names,
     )
     stem = step_stem(step) if inside else epoch_stem(epoch)
     folder = experiment_folder(trainer.config)
     saved = save_checkpoint(folder, stem, trainer.module.state_dict(), trainer.optimizer.state_dict(), progress)
     log.info(f"wrote {saved.weights}")
+
+
+def _check_evaluation(config: Config) -> None:
+    """Raises FileNotFoundError or ValueError where the evaluation between epochs would find no data."""
+    test = config.TestParam
+    if test.eval_epoch and test.eval_image_set is not None:
+        open_index(resolve(test.eval_image_set, config.DatasetParam.data_root))
+    if test.eval_epoch and test.coco.annotation is not None and not Path(test.coco.annotation).is_file():
+        raise FileNotFoundError(f"TestParam.coco.annotation: no file {test.coco.annotation}")
 
 
 def _is_evaluated(config: Config, epoch: int) -> bool:

@@ -40,9 +40,9 @@ def _indented(lines: list[str]) -> list[str]:
 
 def _schedule_lines(config: Config, images_per_step: int) -> list[str]:
     counts = [_count_images(config, one) for one in config.DatasetParam.image_set]
-    unknown = [name for name, count, _ in counts if count is None]
+    unknown = [f"{name}: iterations unknown ({why})" for name, count, why in counts if count is None]
     if unknown:
-        return [f"{', '.join(unknown)}: no annotations on disk, so the iterations are unknown", *_epochs(config)]
+        return [*unknown, *_epochs(config)]
     lines = [f"{name}: {count} images with boxes ({source})" for name, count, source in counts]
     samples = sum(count or 0 for _, count, _ in counts) * (2 if config.DatasetParam.flip else 1)
     iter_per_epoch = -(-samples // images_per_step)
@@ -58,7 +58,12 @@ def _epochs(config: Config) -> list[str]:
 
 def _count_images(config: Config, image_set: str | ImageSet) -> tuple[str, int | None, str]:
     resolved = resolve(image_set, config.DatasetParam.data_root)
-    if Path(resolved.annotation).is_file() and Path(resolved.image_dir).is_dir():
-        return resolved.name, DetectionDataset([open_index(resolved)], []).num_image, resolved.annotation
+    if Path(resolved.annotation).is_file():
+        try:
+            return resolved.name, DetectionDataset([open_index(resolved)], []).num_image, resolved.annotation
+        except (ValueError, OSError) as error:
+            return resolved.name, None, str(error)
     published = PUBLISHED.get(image_set) if isinstance(image_set, str) else None
-    return resolved.name, published.num_image if published else None, "published"
+    if published is None:
+        return resolved.name, None, f"no {resolved.annotation}"
+    return resolved.name, published.num_image, "published"

@@ -14,7 +14,7 @@ CONFIG_FILE = "config.txt"
 
 
 def experiment_folder(config: Config) -> Path:
-    return Path(config.General.output_root) / str(config.General.name)
+    return Path(config.TestParam.model.prefix).parent
 
 
 def find_start(config: Config, resume: bool) -> Checkpoint | None:

@@ -29,8 +29,10 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
             pixels = _to_rgb(image, path)
     except FileNotFoundError:
         raise FileNotFoundError(f"image file {path} not found; it was there when the index was opened") from None
-    except _ImageError:
+    except (_ImageError, PermissionError):
         raise
+    except Image.DecompressionBombError as error:
+        raise _ImageError(f"image {path} is too large to be read safely: {error}; cut it into tiles") from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise _ImageError(
             f"cannot read image {path}: {error}; the file is damaged or truncated: fetch it again, or remove "

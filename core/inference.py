@@ -19,6 +19,7 @@ import symbol as S
 from core.checkpoint import find_weights, load_weights, require_fit
 from core.coco_index import CocoIndex, open_index
 from core.device import place, select_device, to_device
+from core.draw import draw_detections
 from core.evaluation import Evaluation, detections_to_coco, evaluate, write_result
 from core.experiment import experiment_folder
 from core.first_weights import shapes_of
@@ -27,7 +28,6 @@ from core.image_set import ImageSet, resolve
 from core.loader import make_test_loader
 from operator_cxx.nms import multiclass_nms
 from symbol.passes import without_fp16
-from utils.draw import draw_detections
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -153,7 +153,7 @@ def draw_results(
         found = np.column_stack([image.bbox, image.score, image.cls])  # (D, 6)
         drawn = draw_detections(pixels, index.gt_bbox(row), found, index.class_names)
         out.mkdir(parents=True, exist_ok=True)
-        pictures.append(out / f"{Path(image.path).stem}.png")
+        pictures.append(out / f"{Path(image.path).stem}_{image.im_id}.png")
         Image.fromarray(drawn).save(pictures[-1])
     return pictures
 

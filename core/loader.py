@@ -169,7 +169,8 @@ def num_cpu() -> int:
 
 def _init_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the threads
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the training process answers it
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the training process answers
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _collate(records: list[Record | Failure]) -> Batch | Failure:

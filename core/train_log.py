@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -72,7 +73,8 @@ class TrainLog:
             "data_wait": self._waited / elapsed,
             "eta_s": (now - self._began) / (step - self._began_at) * (self.end_step - step),
         }
-        self._lines.write(json.dumps(record) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._lines.write(json.dumps(finite, allow_nan=False) + "\n")
         line = _line(record, self.end_step)
         if self._bar.disable:
             self.info(line)
@@ -84,15 +86,18 @@ class TrainLog:
         self.restart_clock()
 
 
+_FORMATS = {"lr": ".5f", "grad_norm": ".2f", "memory_mib": ".0f", "img_per_s": ".1f", "data_wait": ".0%"}
+
+
 def _line(record: dict[str, Any], end_step: int) -> str:
     left = time.strftime("%H:%M:%S", time.gmtime(record["eta_s"] % 86400))
     days = f"{int(record['eta_s'] // 86400)}d " if record["eta_s"] >= 86400 else ""
-    return (
-        f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} lr {record['lr']:.5f} "
-        f"cls {record['cls_loss']:.4f} reg {record['reg_loss']:.4f} fg_acc {record['fg_acc']:.3f} "
-        f"grad {record['grad_norm']:.2f} {record['img_per_s']:.1f} img/s wait {record['data_wait']:.0%} "
-        f"mem {record['memory_mib']:.0f} MiB left {days}{left}"
-    )
+    numbers = [
+        f"{name} {value:{_FORMATS.get(name, '.4f')}}"
+        for name, value in record.items()
+        if name not in ("step", "epoch", "eta_s")
+    ]
+    return f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} {' '.join(numbers)} left {days}{left}"
 
 
 def _drop_records_behind(path: Path, step: int) -> None:

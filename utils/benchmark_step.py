@@ -1,6 +1,6 @@
 """Times a training step of a config, part by part, on random images.
 
-    python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@64_demo.py --steps 10
+    python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py --steps 10
 
 Nothing is read from disk or written. Every part ends with the device's work done, so the parts sum to a little
 more than a step of a run, in which they overlap.
@@ -23,6 +23,7 @@ from config.load import load_config
 from config.schema import Config
 from core.detection_module import Trainer, build_trainer
 from core.device import peak_memory, select_device
+from detection_train import run
 
 
 def random_batch(config: Config, device: torch.device) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--steps", type=int, default=10, help="timed steps, after two that are not")
     arguments = parser.parse_args()
-    overrides = ["ModelParam.from_scratch=True", "RpnParam.num_class=81", *arguments.set]
+    overrides = ["ModelParam.from_scratch=True", *arguments.set]
     config = load_config(arguments.config, is_train=True, overrides=overrides)
     device = select_device(config.KvstoreParam.gpus)
     trainer, _ = build_trainer(config, device, iter_per_epoch=1000, start=None)
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

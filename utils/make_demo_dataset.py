@@ -117,7 +117,7 @@ def _any_colour(rng: np.random.Generator) -> np.ndarray:
 
 def _class_colour(rng: np.random.Generator, category_id: int) -> np.ndarray:
     """RGB (3,), 0..255: a hue near the class's own, so that colour hints at the class; neighbours overlap."""
-    hue = ((category_id - 1) / len(CLASSES) + rng.normal(0, 0.07)) % 1
+    hue = ((category_id - 1) / len(CLASSES) + rng.normal(0, 0.05)) % 1
     return 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.35, 1)))
 
 
@@ -198,7 +198,7 @@ def draw_scene(rng: np.random.Generator, size: int, num_shape: int) -> tuple[np.
     centres: list[tuple[float, float]] = []
     drawn: list[tuple[int, np.ndarray, int]] = []  # category id, visible pixels, pixels of the whole shape
     for category_id in rng.integers(1, len(outlines) + 1, num_shape).tolist():
-        radius = size / 2 * math.exp(rng.uniform(math.log(0.2), math.log(0.56)))
+        radius = size / 2 * math.exp(rng.uniform(math.log(0.2), math.log(0.4)))
         centre = _free_place(rng, 0.8 * radius, W, H, centres)
         centres.append(centre)
         draw_colour = partial(_class_colour, rng, category_id)
@@ -279,7 +279,7 @@ def make_demo_dataset(out: str | Path, train: int, val: int, size: int, seed: in
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Draw a small data set of shapes in COCO's format.")
     parser.add_argument("--out", default="data/demo", help="folder to write (default: %(default)s)")
-    parser.add_argument("--train", type=int, default=400, help="training images (default: %(default)s)")
+    parser.add_argument("--train", type=int, default=500, help="training images (default: %(default)s)")
     parser.add_argument("--val", type=int, default=100, help="validation images (default: %(default)s)")
     parser.add_argument("--size", type=int, default=144, help="typical side in pixels (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -24,6 +24,7 @@ SMALL = [
     "RpnParam.head.conv_channel=8",
     "RpnParam.proposal.pre_nms_top_n=100",
 ]
+CLASSES = ["circle", "cross", "ring", "square", "star", "triangle"]
 PUBLISHED = {  # neck, input, images a GPU, normalisation and its decay, synced loss, AP
     "retina_r50v1b_fpn_640_1@256_25epoch": ("RetinaNetNeckWithBN", 640, 8, "localbn", 0.0, False, "37.4"),
     "retina_r50v1b_nasfpn_640_7@256_25epoch": ("NASFPNNeck", 640, 8, "localbn", 1.0, False, "40.1"),
@@ -35,8 +36,8 @@ PUBLISHED = {  # neck, input, images a GPU, normalisation and its decay, synced 
 
 @pytest.fixture
 def data_root(write_annotation: Callable[..., Path]) -> str:
-    write_annotation("demo_train", ["circle", "square"])
-    return f"DatasetParam.data_root={write_annotation('demo_val', ['circle', 'square'])}"
+    write_annotation("demo_train", CLASSES)
+    return f"DatasetParam.data_root={write_annotation('demo_val', CLASSES)}"
 
 
 def test_the_five_published_configs_are_there() -> None:

@@ -22,7 +22,7 @@ from core.inference import test as run_test
 from symbol import lower
 from utils.make_demo_dataset import make_demo_dataset
 
-DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@64_demo.py"
+DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
 SMALL = [
     "General.loader_worker=0",
     "BackboneParam.num_filter=8",

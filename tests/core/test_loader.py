@@ -210,7 +210,7 @@ def test_image_sets_of_other_classes_do_not_mix(write_coco: WriteCoco, image_set
 @pytest.mark.parametrize(
     "boxes, replaced, message",
     [
-        ([], {}, "1 images, no box to train on"),
+        ([], {}, "1 images, no annotations in its json"),
         ([(0, 3, [0, 0, 2, 2], {"iscrowd": 1})], {}, "1 images, no box to train on"),
         ([], {"annotations": None}, "1 images, no annotations in its json"),
     ],

@@ -65,7 +65,7 @@ def test_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_failed_download_says_how_to_do_it_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, OSError("no route"))
-    with pytest.raises(OSError, match=r"no route.*https://huggingface\.co/timm/resnet50\.tv_in1k .*out\.safetensors"):
+    with pytest.raises(OSError, match=r"no route.*timm/resnet50\.tv_in1k on the Hugging Face hub .*out\.safetensors"):
         script.get_backbone(50, tmp_path / "out.safetensors")
 
 

@@ -1,14 +1,11 @@
 """Drawings: where boxes, labels and panels lie, what is left out, and what is refused."""
 
 import itertools
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from utils import draw
+from core import draw
 
 FLAT = (90, 91, 92)  # a colour that nothing but the image has
 NAMES = ("cat", "dog")
@@ -151,68 +148,3 @@ def test_colours_differ() -> None:
 def test_refuses(image: np.ndarray, gt: np.ndarray, det: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw.draw_detections(image, gt, det, NAMES)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, str]:
-    """Two images, one with a box and a crowd; category ids 7 and 3, so dog (3) is class 1."""
-    for name in ("a.png", "b.png"):
-        Image.fromarray(flat(480, 480)).save(tmp_path / name)
-    truth = {
-        "images": [{"id": i, "file_name": f"{n}.png", "height": 480, "width": 480} for i, n in ((5, "a"), (6, "b"))],
-        "annotations": [
-            {"id": 1, "image_id": 5, "category_id": 7, "bbox": [100, 100, 200, 100], "iscrowd": 0},
-            {"id": 2, "image_id": 5, "category_id": 3, "bbox": [10, 300, 200, 100], "iscrowd": 1},
-        ],
-        "categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}],
-    }
-    detections = [{"image_id": 5, "category_id": 3, "bbox": [20, 200, 200, 100], "score": 0.8}]
-    (tmp_path / "truth.json").write_text(json.dumps(truth))
-    (tmp_path / "result.json").write_text(json.dumps(detections))
-    return {
-        "annotation": str(tmp_path / "truth.json"),
-        "image_dir": str(tmp_path),
-        "result": str(tmp_path / "result.json"),
-        "out": str(tmp_path / "out"),
-    }
-
-
-def test_result_is_drawn(files: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
-    draw.main([part for key, value in files.items() for part in (f"--{key.replace('_', '-')}", value)])
-    paths = [Path(files["out"]) / "a.png", Path(files["out"]) / "b.png"]
-    assert capsys.readouterr().out.split() == [str(path) for path in paths]
-    left, right = panels(np.asarray(Image.open(paths[0])))
-    assert outline(left, 2) == (100, 100, 299, 199)
-    assert outline(right, 1) == (20, 200, 219, 299)
-    assert not (left == draw.class_colour(1)).all(2).any()  # the crowd
-    left, right = panels(np.asarray(Image.open(paths[1])))
-    assert (left == FLAT).all()
-    assert (right == FLAT).all()
-    assert len(draw.draw_result(**files, limit=1, min_score=0.3)) == 1
-
-
-@pytest.mark.parametrize(
-    "result, message",
-    [
-        (
-            '[{"image_id": 9, "category_id": 3, "bbox": [1, 1, 1, 1], "score": 1}]',
-            "0 categories and 1 images",
-        ),
-        (
-            '[{"image_id": 5, "category_id": 1, "bbox": [1, 1, 1, 1], "score": 1}]',
-            "1 categories and 0 images",
-        ),
-        ("{}", "expected COCO annotations"),
-        ("[", "result.json is not JSON"),
-    ],
-)
-def test_foreign_results_are_refused(files: dict[str, str], result: str, message: str) -> None:
-    Path(files["result"]).write_text(result)
-    with pytest.raises(ValueError, match=message):
-        draw.draw_result(**files, limit=1, min_score=0.3)
-
-
-def test_missing_image_is_named(files: dict[str, str]) -> None:
-    (Path(files["image_dir"]) / "a.png").unlink()
-    with pytest.raises(SystemExit, match=r"a\.png"):
-        draw.main([part for key, value in files.items() for part in (f"--{key.replace('_', '-')}", value)])

@@ -1,22 +1,13 @@
 """Draws ground truth (left) and detections (right) of an image side by side.
 
-    python3 utils/draw.py --annotation data/demo/annotations/instances_val.json \\
-        --image-dir data/demo/images/val --result RESULT.json --out drawings
-
-draws the first images of a COCO annotation file with the detections of a COCO result file.
-
 H, W: image sides in pixels; G ground-truth boxes; D detections. Boxes are xyxy in image pixels with inclusive
 corners; classes are numbered 1..K in the order of class_names.
 """
 
 from __future__ import annotations
 
-import argparse
 import colorsys
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -162,89 +153,3 @@ def draw_detections(
         sheet.paste(panel, (x, header))
     sheet.paste(legend, (0, header + size[1] + gap))
     return np.asarray(sheet)
-
-
-def _rows(items: list[dict[str, Any]], class_of: dict[int, int], keys: Sequence[str]) -> np.ndarray:
-    """COCO annotations or detections as rows x1, y1, x2, y2, *keys, class: (n, 5 + len(keys))."""
-    rows = []
-    for item in items:
-        x, y, w, h = item["bbox"]
-        rows.append([x, y, x + w - 1, y + h - 1, *(item[key] for key in keys), class_of[item["category_id"]]])
-    return np.array(rows, np.float64).reshape(-1, 5 + len(keys))
-
-
-def _read_json(path: str | Path) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _by_image(items: list[dict[str, Any]]) -> dict[int, list[dict[str, Any]]]:
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for item in items:
-        groups.setdefault(item["image_id"], []).append(item)
-    return groups
-
-
-def draw_result(
-    annotation: str | Path,
-    image_dir: str | Path,
-    result: str | Path,
-    out: str | Path,
-    limit: int,
-    min_score: float,
-) -> list[Path]:
-    """Draws the first `limit` images of a COCO annotation file with the detections of a COCO result file.
-
-    Writes one PNG per image into the folder `out` and returns their paths. Raises ValueError where the result
-    is not of these annotations, FileNotFoundError where a file is missing.
-    """
-    truth, detections = _read_json(annotation), _read_json(result)
-    if not isinstance(truth, dict) or not isinstance(detections, list):
-        raise ValueError(
-            f"expected COCO annotations (an object) in {annotation} and COCO detections (a list) in {result}"
-        )
-    categories = sorted(truth["categories"], key=lambda category: category["id"])
-    class_of = {category["id"]: index for index, category in enumerate(categories, 1)}
-    unknown = {d["category_id"] for d in detections} - class_of.keys()
-    unknown_image = {d["image_id"] for d in detections} - {image["id"] for image in truth["images"]}
-    if unknown or unknown_image:
-        raise ValueError(
-            f"{result} names {len(unknown)} categories and {len(unknown_image)} images that are not in "
-            f"{annotation}; give the annotation file that the result was computed for"
-        )
-    boxes, found = _by_image(truth.get("annotations", [])), _by_image(detections)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for entry in truth["images"][:limit]:
-        with Image.open(Path(image_dir) / entry["file_name"]) as file:
-            image = np.asarray(file.convert("RGB"))
-        gt = _rows([a for a in boxes.get(entry["id"], []) if not a.get("iscrowd")], class_of, [])
-        det = _rows(found.get(entry["id"], []), class_of, ["score"])
-        drawing = draw_detections(image, gt, det, [c["name"] for c in categories], min_score=min_score)
-        paths.append(out / f"{Path(entry['file_name']).stem}.png")
-        Image.fromarray(drawing).save(paths[-1])
-    return paths
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Draw detections beside the ground truth.")
-    parser.add_argument("--annotation", required=True, help="COCO annotation json")
-    parser.add_argument("--image-dir", required=True, help="folder of its images")
-    parser.add_argument("--result", required=True, help="COCO result json, as detection_test.py writes it")
-    parser.add_argument("--out", default="drawings", help="folder for the PNG files (default: %(default)s)")
-    parser.add_argument("--limit", type=int, default=16, help="images to draw (default: %(default)s)")
-    parser.add_argument("--min-score", type=float, default=0.3, help="hide detections below (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        paths = draw_result(**vars(options))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{parser.prog}: {error}") from error
-    for path in paths:
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,26 @@
+"""A recipe for small things: a narrow ResNet-18 with a small pyramid at 128, from scratch, on a CPU in minutes."""
+
+from __future__ import annotations
+
+from config.NASFPN.recipe import retina_25epoch
+from config.schema import Config
+
+
+def small_retina(is_train: bool) -> Config:
+    """NAS-FPN 2@48 for objects of 16 to 100 pixels. The image sets and their classes are the experiment's to name."""
+    config = retina_25epoch(is_train)
+    config.General.fp16, config.General.batch_image = False, 8
+    config.General.loader_worker = 0  # on two cores a decoding process takes more from the step than it gives
+    config.KvstoreParam.gpus = ()
+    config.BackboneParam.depth, config.BackboneParam.num_filter = 18, 32
+    config.NeckParam.dim_reduced, config.NeckParam.num_stage = 48, 2
+    config.RpnParam.head.conv_channel, config.RpnParam.head.num_conv = 48, 1
+    config.RpnParam.anchor_generate.scale = (2.0, 2.0 * 2 ** (1 / 3), 2.0 * 2 ** (2 / 3))  # half the published sizes
+    config.ModelParam.from_scratch = True
+    config.OptimizeParam.optimizer.lr = 0.03
+    config.OptimizeParam.schedule.end_epoch, config.OptimizeParam.schedule.lr_epoch = 11, (7, 10)
+    config.OptimizeParam.warmup.epoch, config.OptimizeParam.warmup.lr_factor = 0.5, 0.3
+    config.TestParam.batch_image = 16
+    config.ResizeParam.short = config.ResizeParam.long = 128
+    config.ResizeParam.scale_min, config.ResizeParam.scale_max = 0.9, 1.1
+    return config
