@@ -48,6 +48,7 @@ _ABOVE_ZERO = (
 _ZERO_TO_ONE = (
     "RpnParam.proposal.min_det_score",
     "RpnParam.focal_loss.alpha",
+    "NormalizeParam.momentum",
     "OptimizeParam.optimizer.momentum",
     "OptimizeParam.warmup.lr_factor",
     "TestParam.min_det_score",

@@ -40,8 +40,9 @@ def _derive_copies(config: Config) -> None:
 
 
 def _derive_normalizer(config: Config) -> None:
+    normalize = config.NormalizeParam
     normalizer = normalizer_factory(
-        type=config.NormalizeParam.type, ndev=_num_device(config), wd_mult=config.NormalizeParam.wd_mult
+        type=normalize.type, ndev=_num_device(config), wd_mult=normalize.wd_mult, momentum=normalize.momentum
     )
     for section in (config.NormalizeParam, config.BackboneParam, config.NeckParam, config.RpnParam):
         fill(section, "normalizer", normalizer)

@@ -9,7 +9,6 @@ from symbol.graph import Symbol, create, current_prefix, var
 from symbol.op_table import Shape
 
 BN_EPS = 1e-5
-BN_MOMENTUM = 0.9
 Normalizer = Callable[..., Symbol]
 
 
@@ -87,12 +86,12 @@ def cast(data: Symbol, dtype: Literal["float16", "float32"], name: str) -> Symbo
 
 
 def normalizer_factory(
-    type: Literal["localbn", "syncbn", "fixbn"], ndev: int = 1, wd_mult: float | None = None
+    type: Literal["localbn", "syncbn", "fixbn"], ndev: int = 1, wd_mult: float | None = None, momentum: float = 0.9
 ) -> Normalizer:
     """A function (data, name) -> batch-normalised data.
 
     localbn: each device's own statistics; syncbn: those of all `ndev` devices; fixbn: the moving statistics, also in
-    training. wd_mult reaches gamma and beta.
+    training. wd_mult reaches gamma and beta; momentum is that of the moving statistics.
     """
 
     def local_bn(data: Symbol, name: str) -> Symbol:
@@ -104,7 +103,7 @@ def normalizer_factory(
     def fix_bn(data: Symbol, name: str) -> Symbol:
         return create("BatchNorm", data, name=name, use_global_stats=True, wd_mult=wd_mult, **common)
 
-    common: dict[str, Any] = {"eps": BN_EPS, "momentum": BN_MOMENTUM, "fix_gamma": False}
+    common: dict[str, Any] = {"eps": BN_EPS, "momentum": momentum, "fix_gamma": False}
     normalizers = {"localbn": local_bn, "syncbn": sync_bn, "fixbn": fix_bn}
     if type not in normalizers:
         raise ValueError(f"normalizer type: expected one of {', '.join(normalizers)}, got {type!r}")

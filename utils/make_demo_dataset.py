@@ -198,7 +198,7 @@ def draw_scene(rng: np.random.Generator, size: int, num_shape: int) -> tuple[np.
     centres: list[tuple[float, float]] = []
     drawn: list[tuple[int, np.ndarray, int]] = []  # category id, visible pixels, pixels of the whole shape
     for category_id in rng.integers(1, len(outlines) + 1, num_shape).tolist():
-        radius = size / 2 * math.exp(rng.uniform(math.log(0.2), math.log(0.4)))
+        radius = size / 2 * math.exp(rng.uniform(math.log(0.2), math.log(0.52)))
         centre = _free_place(rng, 0.8 * radius, W, H, centres)
         centres.append(centre)
         draw_colour = partial(_class_colour, rng, category_id)

@@ -12,13 +12,14 @@ def small_retina(is_train: bool) -> Config:
     config.General.fp16, config.General.batch_image = False, 8
     config.General.loader_worker = 0  # on two cores a decoding process takes more from the step than it gives
     config.KvstoreParam.gpus = ()
+    config.NormalizeParam.momentum = 0.98  # P7 is one cell: ten batches of eight say too little of its statistics
     config.BackboneParam.depth, config.BackboneParam.num_filter = 18, 32
     config.NeckParam.dim_reduced, config.NeckParam.num_stage = 48, 2
     config.RpnParam.head.conv_channel, config.RpnParam.head.num_conv = 48, 1
     config.RpnParam.anchor_generate.scale = (2.0, 2.0 * 2 ** (1 / 3), 2.0 * 2 ** (2 / 3))  # half the published sizes
     config.ModelParam.from_scratch = True
     config.OptimizeParam.optimizer.lr = 0.03
-    config.OptimizeParam.schedule.end_epoch, config.OptimizeParam.schedule.lr_epoch = 11, (7, 10)
+    config.OptimizeParam.schedule.end_epoch, config.OptimizeParam.schedule.lr_epoch = 10, (6, 9)
     config.OptimizeParam.warmup.epoch, config.OptimizeParam.warmup.lr_factor = 0.5, 0.3
     config.TestParam.batch_image = 16
     config.ResizeParam.short = config.ResizeParam.long = 128

@@ -13,5 +13,5 @@ def get_config(is_train: bool) -> Config:
     config = small_retina(is_train)
     config.RpnParam.num_class = 7  # stated, so that a dry run needs no data
     config.DatasetParam.image_set = ("demo_train",) if is_train else ("demo_val",)
-    config.TestParam.eval_epoch, config.TestParam.eval_image_set = 6, "demo_val"
+    config.TestParam.eval_epoch, config.TestParam.eval_image_set = 5, "demo_val"
     return config

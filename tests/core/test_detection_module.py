@@ -49,13 +49,23 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(data_root: Path, tmp_path: Path) -> Run:
-    """Trains with overrides; `resume` and `name` as keywords. 9 images twice in batches of 4: 5 steps an epoch."""
+def load(data_root: Path, tmp_path: Path) -> Run:
+    """The small config with overrides. 9 images twice in batches of 4: 5 steps an epoch."""
 
-    def train(*overrides: str, resume: bool = False, name: str = "run") -> Config:
+    def load(*overrides: str, name: str = "run") -> Config:
         torch.set_num_threads(1)
         places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
-        config = load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
+        return load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
+
+    return load
+
+
+@pytest.fixture
+def run(load: Run) -> Run:
+    """Trains the small config with overrides; `resume` and `name` as keywords."""
+
+    def train(*overrides: str, resume: bool = False, name: str = "run") -> Config:
+        config = load(*overrides, name=name)
         fit(config, format_config(config), resume)
         return config
 
@@ -140,12 +150,14 @@ def test_a_finished_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_resume_refuses_another_batch_size(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_another_batch_size_and_another_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         run()
     with pytest.raises(ValueError, match="now an epoch has 9 steps"):
         run("General.batch_image=2", resume=True)
+    with pytest.raises(ValueError, match="the seed is 5"):
+        run("General.seed=5", resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_images(run: Run, tmp_path: Path) -> None:
@@ -177,6 +189,21 @@ def test_evaluation_between_epochs(run: Run, tmp_path: Path) -> None:
     assert [(event["step"], event["epoch"]) for event in events] == [(10, 2)]
     assert 0 <= events[0]["AP"] <= 1
     assert (tmp_path / "run" / "demo_val_result.json").exists()
+
+
+def test_evaluation_without_its_data_stops_before_training(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"instances_none\.json"):
+        run("TestParam.eval_epoch=3", "TestParam.eval_image_set=demo_none")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_metric_or_none_is_logged(load: Run, tmp_path: Path) -> None:
+    config = load()
+    config.metric_list.clear()
+    fit(config, format_config(config))
+    (record, *_) = records(tmp_path / "run")
+    assert "fg_acc" not in record
+    assert record["cls_loss"] > 0
 
 
 def test_fine_tuning_with_another_class_count_takes_what_fits(run: Run, data_root: Path, tmp_path: Path) -> None:

@@ -115,12 +115,17 @@ def test_the_batch_size_changes_nothing(data_root: Path, tmp_path: Path) -> None
         np.testing.assert_allclose(one.bbox, four.bbox, atol=0.05)
 
 
-def test_an_image_set_without_annotations(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("annotations", [None, []])
+def test_an_image_set_without_annotations(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], annotations: list[object] | None
+) -> None:
     root = tmp_path / "data"
     shutil.copytree(data_root / "demo", root / "coco")
     path = root / "coco" / "annotations" / "instances_val.json"
     content = json.loads(path.read_text())
     del content["annotations"]
+    if annotations is not None:
+        content["annotations"] = annotations
     path.with_name("image_info_test-dev2017.json").write_text(json.dumps(content))
     (root / "coco" / "images" / "val").rename(root / "coco" / "images" / "test2017")
     config = load(root, tmp_path, "DatasetParam.image_set=coco_test-dev2017")

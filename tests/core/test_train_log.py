@@ -33,6 +33,13 @@ def test_a_record_has_the_epoch_the_speed_and_the_time_left(tmp_path: Path, monk
     assert "step 10/40" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_number_that_is_none_is_null(tmp_path: Path) -> None:
+    with TrainLog(tmp_path, start_step=0, end_step=40, iter_per_epoch=20) as log:
+        log.steps(10, num_image=80, values=VALUES | {"fg_acc": float("nan")})  # no foreground anchor
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+    assert lines(tmp_path)[0]["fg_acc"] is None
+
+
 def test_time_that_was_no_training_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr("core.train_log.time.perf_counter", lambda: now[0])
