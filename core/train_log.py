@@ -1,4 +1,4 @@
-"""The log of a training run: a progress bar or lines for people, log.txt and log.jsonl beside the checkpoints."""
+"""The log of a training run: lines and in a terminal a bar for people, log.txt and log.jsonl beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -75,12 +75,7 @@ class TrainLog:
         }
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._lines.write(json.dumps(finite, allow_nan=False) + "\n")
-        line = _line(record, self.end_step)
-        if self._bar.disable:
-            self.info(line)
-        else:
-            self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-            self._bar.set_description_str(line)
+        self.info(_line(record, self.end_step))
         self._bar.update(step - self._step)
         self._step, self._waited = step, 0.0
         self.restart_clock()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -31,6 +32,23 @@ def test_a_record_has_the_epoch_the_speed_and_the_time_left(tmp_path: Path, monk
     (record,) = lines(tmp_path)
     assert record == VALUES | {"step": 10, "epoch": 0.5, "img_per_s": 20.0, "data_wait": 0.25, "eta_s": 12.0}
     assert "step 10/40" in (tmp_path / "log.txt").read_text()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_below_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    with TrainLog(tmp_path, start_step=10, end_step=40, iter_per_epoch=20) as log:
+        log.steps(40, num_image=80, values=VALUES)
+    assert "25%" in terminal.getvalue()  # where the run resumed
+    assert "100%" in terminal.getvalue()
+    assert "step 40/40" in capsys.readouterr().out
 
 
 def test_a_number_that_is_none_is_null(tmp_path: Path) -> None:
