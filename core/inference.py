@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import symbol as S
 from core.checkpoint import find_weights, load_weights, require_fit
-from core.coco_index import CocoIndex, open_index
+from core.coco_index import CocoIndex
 from core.device import place, select_device, to_device
 from core.draw import draw_detections
 from core.evaluation import Evaluation, detections_to_coco, evaluate, write_result
 from core.experiment import experiment_folder
 from core.first_weights import shapes_of
 from core.image import read_image
-from core.image_set import ImageSet, resolve
+from core.image_set import ImageSet
 from core.loader import make_test_loader
 from operator_cxx.nms import multiclass_nms
 from symbol.passes import without_fp16
@@ -50,6 +50,7 @@ class TestResult:
 
     __test__ = False  # not pytest's
 
+    index: CocoIndex  # of the images that were tested
     result: Path  # COCO's result format
     evaluation: Evaluation | None  # None: the image set has no annotations
     detections: list[Detections]
@@ -90,14 +91,14 @@ def test_image_set(
     config: Config, module: nn.Module, image_set: str | ImageSet, folder: Path, device: torch.device
 ) -> TestResult:
     """Detect in every image, write the result file into `folder`, and evaluate where there are annotations."""
-    index = open_index(resolve(image_set, config.DatasetParam.data_root))
     loader = make_test_loader(config, image_set)
+    (index,) = loader.dataset.indexes
     detections = list(detect(config, module, loader, device))
     path = folder / result_name(index, str(config.General.name))
     write_result(path, coco_entries(detections, index.category_ids))
     annotation = config.TestParam.coco.annotation or index.image_set.annotation
     evaluated = config.TestParam.coco.annotation is not None or index.has_annotation
-    return TestResult(path, evaluate(annotation, path) if evaluated else None, detections)
+    return TestResult(index, path, evaluate(annotation, path) if evaluated else None, detections)
 
 
 test_image_set.__test__ = False  # type: ignore[attr-defined]  # not pytest's
@@ -127,10 +128,10 @@ def test(config: Config, checkpoint: Path | None, epoch: int | None, num_draw: i
         tested = test_image_set(config, module, image_set, folder, device)
         print(f"wrote {tested.result}")
         if tested.evaluation is None:
-            print(f"{resolve(image_set, config.DatasetParam.data_root).name} has no annotations: nothing to evaluate")
+            print(f"{tested.index.image_set.name} has no annotations: nothing to evaluate")
         else:
             print(tested.evaluation.table)
-        for picture in draw_results(config, tested, image_set, folder, num_draw):
+        for picture in draw_results(tested, folder, num_draw):
             print(f"wrote {picture}")
         results.append(tested)
     return results
@@ -139,11 +140,9 @@ def test(config: Config, checkpoint: Path | None, epoch: int | None, num_draw: i
 test.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 
 
-def draw_results(
-    config: Config, tested: TestResult, image_set: str | ImageSet, folder: Path, num_draw: int
-) -> list[Path]:
+def draw_results(tested: TestResult, folder: Path, num_draw: int) -> list[Path]:
     """Pictures of the first `num_draw` images, ground truth beside detections, in `folder`/draw_<image set>."""
-    index = open_index(resolve(image_set, config.DatasetParam.data_root))
+    index = tested.index
     row_of = {int(im_id): row for row, im_id in enumerate(index.image_id)}
     out = folder / f"draw_{index.image_set.name}"
     pictures = []

@@ -111,7 +111,7 @@ class TestLoader:
         return _read(self.dataset, keys, self.num_worker)
 
 
-def make_train_loader(config: Config, start_step: int = 0, end_step: int | None = None) -> TrainLoader:
+def make_train_loader(config: Config) -> TrainLoader:
     """The training batches of an experiment: General.batch_image images for each device and step.
 
     Raises what `open_index` and `DetectionDataset` raise.
@@ -124,8 +124,6 @@ def make_train_loader(config: Config, start_step: int = 0, end_step: int | None 
         batch_image=config.General.batch_image * max(1, len(config.KvstoreParam.gpus)),
         square=config.ResizeParam.short == config.ResizeParam.long,
         num_worker=config.General.loader_worker,
-        start_step=start_step,
-        end_step=end_step,
     )
 
 

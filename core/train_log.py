@@ -21,7 +21,6 @@ class TrainLog:
     """
 
     def __init__(self, folder: Path, start_step: int, end_step: int, iter_per_epoch: int) -> None:
-        self.folder = folder
         self.end_step = end_step
         self.iter_per_epoch = iter_per_epoch
         _drop_records_behind(folder / LOG_LINES, start_step)

@@ -76,13 +76,17 @@ def pyramid_anchor_target(
             continue
         box = gt_bbox[n, row]  # (G, 5)
         best, best_box, forced = _overlap(anchors, area, inside, box, min_pos_thr)
-        matched = box[best_box]  # (K, 5)
-        label[n] = torch.where(best < neg_thr, 0.0, -1.0)
-        label[n] = torch.where(forced > 0, forced, label[n])
-        label[n] = torch.where(best >= pos_thr, matched[:, 4], label[n])
-        label[n].masked_fill_(~inside, -1)
-        delta[n] = torch.where(label[n, :, None] >= 1, encode_box(anchors, matched[:, :4]), 0.0)
+        label[n] = _label(best, box[best_box, 4], forced, inside, pos_thr=pos_thr, neg_thr=neg_thr)
+        delta[n] = torch.where(label[n, :, None] >= 1, encode_box(anchors, box[best_box, :4]), 0.0)
     return label, delta
+
+
+def _label(best: Tensor, best_cls: Tensor, forced: Tensor, inside: Tensor, *, pos_thr: float, neg_thr: float) -> Tensor:
+    """(K,) labels from the best IoU, its box's class, the forced class or 0, and which anchors count; all (K,)."""
+    label = torch.where(best < neg_thr, 0.0, -1.0)
+    label = torch.where(forced > 0, forced, label)
+    label = torch.where(best >= pos_thr, best_cls, label)
+    return label.masked_fill(~inside, -1)
 
 
 def _inside(anchors: Tensor, im_info: Tensor, allowed_border: float) -> Tensor:

@@ -53,7 +53,6 @@ def load(data_root: Path, tmp_path: Path) -> Run:
     """The small config with overrides. 9 images twice in batches of 4: 5 steps an epoch."""
 
     def load(*overrides: str, name: str = "run") -> Config:
-        torch.set_num_threads(1)
         places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
         return load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -49,7 +48,6 @@ def load(data_root: Path, tmp_path: Path, *overrides: str) -> Config:
 
 
 def save_untrained(config: Config, names: tuple[str, ...] = CLASSES, epoch: int = 1) -> Path:
-    torch.set_num_threads(1)
     module = lower(config.ModelParam.test_symbol)
     progress = Progress(epoch=epoch, step=epoch, seed=0, experiment="run", class_names=names)
     folder = Path(config.TestParam.model.prefix).parent

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +40,6 @@ def load(name: str, *overrides: str) -> Config:
     """A shipped config, in float32 with local BN, whatever lies in ./data."""
     plain = ("General.fp16=False", "NormalizeParam.type=localbn", "RpnParam.sync_loss=False")
     return load_config(CONFIGS / f"{name}.py", True, ("DatasetParam.data_root=none", *plain, *overrides))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def value_of(name: str, shape: tuple[int, ...]) -> Tensor:

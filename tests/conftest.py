@@ -1,4 +1,4 @@
-"""What every test of the graph uses."""
+"""What every test uses."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """The tensors here are tiny: threads would only cost time."""
     before = torch.get_num_threads()
