@@ -5,15 +5,25 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := retina_r18v1b_nasfpn_128_2@48_demo
+BUILT := operator_cxx/built
 
-.PHONY: help env lint types unit test demo bench clean
+# A build that found no compiler ends with status 3, having said so: what can do without goes on.
+OR_NO_COMPILER := || [ $$? -eq 3 ]
+
+# Where there are kernels, tests must not pass on plain torch in their place.
+STRICT = $(shell test -e $(BUILT)/necklace_cpu.so && echo NECKLACE_OPS=compiled) \
+	$(shell test -e $(BUILT)/necklace_cuda.so || echo NECKLACE_CUDA=0)
+
+.PHONY: help env ops cuda lint types unit sanitize test demo bench clean
 
 help:
-	@echo "make env     the environment in $(VENV) (PYTHON=, TORCH= choose interpreter and torch)"
-	@echo "make demo    draw a data set, train a small detector on it, test it, draw what it finds"
-	@echo "make test    lint, types and tests"
-	@echo "make bench   time a training step of the demo"
-	@echo "make clean   remove $(VENV) and caches; data and experiments stay"
+	@echo "make env       the environment in $(VENV) (PYTHON=, TORCH= choose interpreter and torch)"
+	@echo "make ops       compile the operators for this machine (python3 operator_cxx/build.py --help: settings)"
+	@echo "make demo      draw a data set, train a small detector on it, test it, draw what it finds"
+	@echo "make test      lint, types, tests and, where there is nvcc, the CUDA kernels for all GPUs"
+	@echo "make sanitize  test the compiled operators for memory errors, undefined behaviour and data races"
+	@echo "make bench     time a training step of the demo, and the operators"
+	@echo "make clean     remove $(VENV), what was compiled and caches; data and experiments stay"
 
 env: $(VENV)/.made
 
@@ -25,6 +35,13 @@ $(VENV)/.made: pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
+ops: env
+	@$(BIN)/python setup.py --quiet build_ext --inplace $(OR_NO_COMPILER)
+
+cuda: env
+	@$(BIN)/python operator_cxx/build.py cuda --archs all --out build/necklace_cuda.so --flag=-Werror=all-warnings \
+		$(OR_NO_COMPILER)
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,20 +49,24 @@ lint: env
 types: env
 	$(BIN)/mypy
 
-unit: env
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+unit: ops
+	$(STRICT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
-test: lint types unit
+test: lint types unit cuda
 
-demo: env
+sanitize: ops
+	PYTHON=$(CURDIR)/$(BIN)/python tests/operator_cxx/sanitize.sh
+
+demo: ops
 	rm -rf "experiments/$(DEMO)"
 	$(BIN)/python utils/make_demo_dataset.py --out data/demo
 	$(BIN)/python detection_train.py --config "config/demo/$(DEMO).py"
 	$(BIN)/python detection_test.py --config "config/demo/$(DEMO).py" --draw 12
 	$(BIN)/python utils/plot_loss.py "experiments/$(DEMO)/log.jsonl"
 
-bench: env
+bench: ops
 	$(BIN)/python utils/benchmark_step.py --config "config/demo/$(DEMO).py"
+	$(BIN)/python utils/benchmark_operators.py
 
 clean:
-	rm -rf $(VENV) *.egg-info build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) *.egg-info build $(BUILT) operator_cxx/*.so .mypy_cache .ruff_cache .pytest_cache

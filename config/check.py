@@ -44,6 +44,7 @@ _ABOVE_ZERO = (
     "OptimizeParam.schedule.lr_factor",
     "OptimizeParam.warmup.lr_factor",
     "ResizeParam.scale_min",
+    "TestParam.nms.sigma",
 )
 _ZERO_TO_ONE = (
     "RpnParam.proposal.min_det_score",
@@ -53,6 +54,7 @@ _ZERO_TO_ONE = (
     "OptimizeParam.warmup.lr_factor",
     "TestParam.min_det_score",
     "TestParam.nms.thr",
+    "TestParam.nms.min_score",
     "AnchorTarget2DParam.assign.pos_thr",
     "AnchorTarget2DParam.assign.neg_thr",
     "AnchorTarget2DParam.assign.min_pos_thr",

@@ -183,8 +183,13 @@ class TestModel(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Nms(Section):
-    type: Literal["nms"] = "nms"
-    thr: float = 0.5  # inclusive IoU above is suppressed, per class
+    """How detections of one class that overlap are thinned: "nms" drops those that a better one covers; the soft ones
+    lower their scores (Bodla et al. 2017, "Soft-NMS")."""
+
+    type: Literal["nms", "soft_linear", "soft_gaussian"] = "nms"
+    thr: float = 0.5  # inclusive IoU above is suppressed, per class; soft_gaussian has no use for it
+    sigma: float = 0.5  # soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma)
+    min_score: float = 0.001  # soft: detections whose score falls to it are out
 
 
 @dataclass(kw_only=True, slots=True)

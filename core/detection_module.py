@@ -25,6 +25,7 @@ from core.optimizer import SGD, multipliers
 from core.schedule import LrSchedule
 from core.stop_request import StopRequest
 from core.train_log import TrainLog
+from operator_cxx import library
 from symbol.passes import without_fp16
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def fit(config: Config, config_text: str, resume: bool = False) -> None:
     log = TrainLog(experiment_folder(config), step, loader.end_step, loader.iter_per_epoch)
     pending = []  # steps whose numbers the host has not read yet
     with StopRequest() as stop, log:
-        for note in [*notes, *_describe(config, loader, trainer)]:
+        for note in [*library.notes, *notes, *_describe(config, loader, trainer)]:
             log.info(note)
         batches = iter(loader)
         stopping = False

@@ -1,6 +1,6 @@
 """Testing: weights and an image set in, a COCO result file and its evaluation out.
 
-N images of a batch, M candidates of an image, C classes. Boxes are xyxy with inclusive corners.
+N images of a batch, M candidates and D detections of an image, C classes. Boxes are xyxy with inclusive corners.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from core.first_weights import shapes_of
 from core.image import read_image
 from core.image_set import ImageSet
 from core.loader import make_test_loader
-from operator_cxx.nms import multiclass_nms
+from operator_cxx.nms import nms, soft_nms
 from symbol.passes import without_fp16
 
 if TYPE_CHECKING:
@@ -70,21 +70,36 @@ def detect(
     config: Config, module: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device
 ) -> Iterator[Detections]:
     """Detections of every image of the batches, by the batch transforms of config.test_transform."""
-    test = config.TestParam
     for batch in batches:
         batch = to_device(batch, device)
         for transform in config.test_transform.batch:
             transform.apply(batch)
         with torch.inference_mode():
             cls_score, bbox_xyxy = module(data=batch["data"], im_info=batch["im_info"])
-        scores, classes = cls_score.max(dim=2)  # (N, M): one class of a row is above 0
+            bbox, score, cls = _suppress(config, cls_score, bbox_xyxy)
+            bbox = bbox / batch["im_info"][:, None, 2:]
+        bbox, score, cls, im_id = bbox.cpu(), score.cpu(), cls.cpu(), batch["im_id"].tolist()
         for i, path in enumerate(batch["files"]):
-            found = scores[i] > test.min_det_score
-            bbox, score, cls = bbox_xyxy[i][found], scores[i][found], classes[i][found]
-            kept = multiclass_nms(bbox, score, cls, thr=test.nms.thr, max_det=test.max_det_per_image)
-            bbox = bbox[kept] / batch["im_info"][i, 2]
-            im_id = int(batch["im_id"][i])
-            yield Detections(im_id, path, bbox.cpu().numpy(), score[kept].cpu().numpy(), cls[kept].cpu().numpy())
+            kept = cls[i] >= 0
+            yield Detections(im_id[i], path, bbox[i][kept].numpy(), score[i][kept].numpy(), cls[i][kept].numpy())
+
+
+def _suppress(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The detections among candidates cls_score (N, M, C + 1) and bbox (N, M, 4), best first: bbox (N, D, 4), score
+    (N, D) and cls (N, D), -1 beyond those kept; D = max_det_per_image."""
+    test = config.TestParam
+    score, cls = cls_score.max(dim=2)  # one class of a row is above 0
+    thr, max_det, min_score = test.nms.thr, test.max_det_per_image, test.min_det_score
+    if test.nms.type == "nms":
+        index, score = nms(bbox, score, cls, thr=thr, max_det=max_det, min_score=min_score)
+    else:
+        method: Literal["linear", "gaussian"] = "linear" if test.nms.type == "soft_linear" else "gaussian"
+        min_score = max(min_score, test.nms.min_score)
+        index, score = soft_nms(
+            bbox, score, cls, method=method, thr=thr, sigma=test.nms.sigma, min_score=min_score, max_det=max_det
+        )
+    row = index.clamp(min=0)
+    return bbox.take_along_dim(row[..., None], 1), score, torch.where(index < 0, -1, cls.take_along_dim(row, 1))
 
 
 def test_image_set(

@@ -1,26 +1,36 @@
 """Focal loss on sigmoid probabilities.
 
-Shapes: N images, K anchors of all levels, C foreground classes.
+Shapes: N images, A anchors per cell, H x W cells of a level, P = H * W, C foreground classes, K anchors of all levels.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from operator_cxx import library
+from operator_cxx.levels import flat, require_alike, scaled
+from operator_cxx.reference import focal_loss as reference
 
 
 def focal_loss(logit: Tensor, label: Tensor, *, alpha: float, gamma: float, normalizer: Tensor | None = None) -> Tensor:
     """The focal loss of a batch, a scalar. float16 and bfloat16 logits are computed in float32.
 
     With p = sigmoid(logit), class c of an anchor with label c adds -alpha (1 - p)^gamma log p, every other
-    class adds -(1 - alpha) p^gamma log(1 - p), and an anchor with label -1 adds nothing.
+    class adds -(1 - alpha) p^gamma log(1 - p), and an anchor with label -1 adds nothing, whatever its logits are.
+    Gradients reach the logits only, and can be taken once.
 
     Args:
-        logit: (N, K, C).
+        logit: (N, K, C), in any memory layout.
         label: (N, K): -1 ignored, 0 background, 1..C foreground.
         normalizer: a scalar, or (N,) one per image, that divides the sum; None: the number of labels >= 1,
             plus 1.
+
+    Raises ValueError for shapes, types, devices or settings that do not fit.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5.
     """
@@ -28,28 +38,142 @@ def focal_loss(logit: Tensor, label: Tensor, *, alpha: float, gamma: float, norm
         raise ValueError(
             f"focal_loss: expected logit (N, K, C) and label (N, K), got {tuple(logit.shape)} and {tuple(label.shape)}"
         )
-    if gamma < 0:
-        raise ValueError(f"focal_loss: expected gamma >= 0, got {gamma}")
-    logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
-    foreground = label >= 1
-    positive = (label.long() - 1).clamp(min=0)[..., None]  # (N, K, 1) the channel of the label
-    # With z = -logit at the positive class and z = logit elsewhere both cases are sigmoid(z)^gamma
-    # softplus(z), up to their weight: one formula for all, and the weight of the few positives is corrected
-    # afterwards.
-    flipped = torch.where(foreground[..., None], -1.0, 1.0) * logit.gather(2, positive)
-    term = _term(logit.scatter(2, positive, flipped), gamma)  # (N, K, C)
-    per_anchor = (1 - alpha) * term.sum(dim=2)
-    per_anchor = per_anchor + foreground * (2 * alpha - 1) * term.gather(2, positive)[..., 0]
-    per_anchor = torch.where(label >= 0, per_anchor, 0.0)
-    if normalizer is None:
-        return per_anchor.sum() / (foreground.sum() + 1)
-    return (per_anchor.sum(dim=1) / normalizer).sum()
+    scale = _scale("focal_loss", [logit], label, gamma, normalizer)
+    if not library.serves(logit):
+        return reference.focal_loss(logit, label, alpha=alpha, gamma=gamma, scale=scale)
+    return _loss([logit.transpose(1, 2).unsqueeze(1)], label, scale, alpha, gamma)  # (N, 1, C, K)
 
 
-def _term(z: Tensor, gamma: float) -> Tensor:
-    """sigmoid(z)^gamma softplus(z), elementwise.
+def focal_loss_levels(
+    logit: Sequence[Tensor],
+    label: Tensor,
+    *,
+    num_class: int,
+    alpha: float,
+    gamma: float,
+    normalizer: Tensor | None = None,
+) -> Tensor:
+    """`focal_loss` of the levels' own maps, which are neither transposed nor joined.
 
-    The power is taken as exp(gamma log sigmoid(z)), so that it and its gradient are right for every z and
-    gamma >= 0.
+    Args:
+        logit: of every level (N, A*C, H, W) or (N, A*C, H*W), of one floating-point type; contiguous and
+            channels-last maps are read where they are, others are copied.
+        label: (N, sum of A*H*W), the anchors of a level in the order (A, H, W), levels in the order of `logit`.
+        num_class: C.
+
+    The other arguments, the result and the errors are those of `focal_loss`.
     """
-    return torch.exp(gamma * F.logsigmoid(z)) * F.softplus(z)
+    if num_class < 1:
+        raise ValueError(f"focal_loss_levels: expected num_class >= 1, got {num_class}")
+    shapes = [tuple(level.shape) for level in logit]
+    fits = all(len(s) in (3, 4) and s[0] == label.shape[0] and s[1] % num_class == 0 for s in shapes)
+    anchors = sum(math.prod(s[1:]) for s in shapes) // num_class
+    if label.dim() != 2 or not fits or label.shape[1] != anchors:
+        raise ValueError(
+            f"focal_loss_levels: expected levels (N, A*{num_class}, H, W) and label (N, sum of A*H*W), got levels "
+            f"{shapes} and label {tuple(label.shape)}"
+        )
+    scale = _scale("focal_loss_levels", logit, label, gamma, normalizer)
+    if not library.serves(logit[0]):
+        return reference.focal_loss_levels(logit, label, num_class=num_class, alpha=alpha, gamma=gamma, scale=scale)
+    maps = [flat(level).unflatten(1, (-1, num_class)) for level in logit]  # (N, A, C, P)
+    return _loss(maps, label, scale, alpha, gamma)
+
+
+def _scale(operator: str, logit: Sequence[Tensor], label: Tensor, gamma: float, normalizer: Tensor | None) -> Tensor:
+    """(N,) float64, what the terms of each image are multiplied by. Raises ValueError for arguments that do not fit."""
+    N = label.shape[0]
+    if normalizer is not None and normalizer.shape not in ((), (N,)):
+        raise ValueError(f"{operator}: expected normalizer () or ({N},), got {tuple(normalizer.shape)}")
+    if not gamma >= 0:
+        raise ValueError(f"{operator}: expected gamma >= 0, got {gamma}")
+    require_alike(operator, logit, label=label)
+    if normalizer is None:
+        normalizer = torch.count_nonzero(label >= 1) + 1  # a sum of bool takes four times as long
+    return torch.ones(N, dtype=torch.float64, device=label.device) / normalizer.detach()
+
+
+def _loss(logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float) -> Tensor:
+    """The loss of levels (N, A, C, P) by the kernels."""
+    wanted = torch.is_grad_enabled() and any(level.requires_grad for level in logit)
+    with_grad = wanted and _in_forward(logit[0])
+    return _op(list(logit), label.to(torch.float32), scale, alpha, gamma, with_grad)[0]
+
+
+def _in_forward(logit: Tensor) -> bool:
+    """Is the gradient best made together with the loss, for a factor of 1?
+
+    On a CPU that takes half the time of two passes. On a GPU, which cannot look at the factor that comes from above
+    without waiting, the product with it would cost more than a second pass. And gradients of float16 would vanish
+    before the factor of a loss scaler lifts them.
+    """
+    return logit.device.type == "cpu" and logit.dtype != torch.float16
+
+
+@torch.library.custom_op("necklace::focal_loss", mutates_args=())
+def _op(
+    logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float, with_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of levels (N, A, C, P), and the gradient of every level or none."""
+    kernels = library.loaded[label.device.type]
+    label = label.contiguous()
+    loss = torch.zeros((), dtype=torch.float64, device=label.device)
+    grads, first = _gradients(logit, with_grad), 0
+    for i, level in enumerate(logit):
+        N, A, C, P = level.shape
+        grad = grads[i] if grads else None
+        kernels.run(
+            "focal_loss",
+            level,  # works where this is
+            level,
+            grad,
+            library.DTYPES[level.dtype],
+            *(N, A, P, C),
+            level.stride(),
+            None if grad is None else grad.stride(),
+            label[:, first:],
+            label.shape[1],
+            scale,
+            alpha,
+            gamma,
+            loss,
+            kernels.workspace("focal_loss", level, N, A, P, C),
+        )
+        first += A * P
+    return loss.to(torch.promote_types(logit[0].dtype, torch.float32)), grads
+
+
+@_op.register_fake
+def _(
+    logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float, with_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    loss = label.new_empty((), dtype=torch.promote_types(logit[0].dtype, torch.float32))
+    return loss, _gradients(logit, with_grad)
+
+
+def _gradients(logit: Sequence[Tensor], wanted: bool) -> list[Tensor]:
+    """Uninitialised tensors of the levels' shapes and memory layouts; none if not wanted."""
+    return [torch.empty_like(level) for level in logit] if wanted else []
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    logit, label, scale, ctx.alpha, ctx.gamma, ctx.with_grad = inputs
+    ctx.levels = len(logit)
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)  # or backward would get zeros for the gradients, as large as they are
+    ctx.save_for_backward(*(output[1] if ctx.with_grad else [label, scale, *logit]))
+
+
+def _backward(ctx: Any, factor: Tensor | None, _: Any) -> Any:
+    grad: Sequence[Tensor | None]
+    if factor is None:
+        grad = [None] * ctx.levels
+    elif ctx.with_grad:
+        grad = scaled(ctx.saved_tensors, factor)
+    else:
+        label, scale, *logit = ctx.saved_tensors
+        grad = _op(logit, label, scale * factor, ctx.alpha, ctx.gamma, True)[1]
+    return grad, None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_keep)

@@ -1,18 +1,113 @@
-"""Smooth L1, as MXNet's operator of that name defines it."""
+"""Weighted smooth L1 of box deltas.
+
+Shapes: N images, R = 4A rows (anchor-major, then dx, dy, dw, dh), H x W cells of a level, P cells of all levels.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from operator_cxx import library
+from operator_cxx.levels import flat, gradients, require_alike, scaled
+from operator_cxx.reference import smooth_l1 as reference
 
-def smooth_l1(x: Tensor, scalar: float) -> Tensor:
-    """Elementwise: 0.5 scalar^2 x^2 where |x| < 1 / scalar^2, else |x| - 0.5 / scalar^2.
 
-    Source: Girshick 2015, "Fast R-CNN", equation 3, with MXNet's scale.
+def smooth_l1_loss(
+    delta: Sequence[Tensor], target: Tensor, weight: Tensor, *, beta: float, normalizer: Tensor | None = None
+) -> Tensor:
+    """The sum of weight * smooth_l1(delta - target) over all levels, a scalar.
+
+    smooth_l1(x) is x^2 / (2 beta) where |x| < beta, else |x| - beta / 2. Gradients reach the deltas only.
+
+    Args:
+        delta: of every level (N, R, H, W), of one floating-point type; float16 and bfloat16 are computed in float32.
+        target, weight: (N, R, P), levels in the same order.
+        normalizer: a scalar, or (N,) one per image, that divides the sum; None: 1.
+
+    Raises ValueError for shapes, types or devices that do not fit.
+
+    Source: Girshick 2015, "Fast R-CNN", equation 3.
     """
-    if scalar <= 0:
-        raise ValueError(f"smooth_l1: expected scalar > 0, got {scalar}")
-    s2 = scalar * scalar
-    size = x.abs()
-    return torch.where(size < 1 / s2, 0.5 * s2 * x * x, size - 0.5 / s2)
+    _check(delta, target, weight, beta, normalizer)
+    N = target.shape[0]
+    scale = torch.ones(N, dtype=torch.float64, device=target.device)
+    if normalizer is not None:
+        scale = scale / normalizer.detach()
+    if not all(library.serves(level) for level in delta):
+        return reference.smooth_l1_loss(delta, target, weight, beta=beta, scale=scale)
+    dtype = torch.promote_types(delta[0].dtype, torch.float32)
+    with_grad = torch.is_grad_enabled() and any(level.requires_grad for level in delta)
+    return _op(list(delta), target.to(dtype), weight.to(dtype), scale, beta, with_grad)[0]
+
+
+@torch.library.custom_op("necklace::smooth_l1_loss", mutates_args=())
+def _op(
+    delta: Sequence[Tensor], target: Tensor, weight: Tensor, scale: Tensor, beta: float, with_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and the gradient of every level or none."""
+    kernels = library.loaded[target.device.type]
+    target, weight = target.contiguous(), weight.contiguous()
+    _, R, P = target.shape
+    loss = torch.zeros((), dtype=torch.float64, device=target.device)
+    grads, first = gradients(delta, with_grad), 0
+    for i, level in enumerate(map(flat, delta)):
+        grad = flat(grads[i]) if grads else None
+        kernels.run(
+            "smooth_l1",
+            level,  # works where this is
+            level,
+            grad,
+            library.DTYPES[level.dtype],
+            *level.shape,
+            level.stride(),
+            None if grad is None else grad.stride(),
+            target[:, :, first:],
+            weight[:, :, first:],
+            (R * P, P),
+            scale,
+            beta,
+            loss,
+            kernels.workspace("smooth_l1", level, *level.shape),
+        )
+        first += level.shape[2]
+    return loss.to(target.dtype), grads
+
+
+@_op.register_fake
+def _(
+    delta: Sequence[Tensor], target: Tensor, weight: Tensor, scale: Tensor, beta: float, with_grad: bool
+) -> tuple[Tensor, list[Tensor]]:
+    return target.new_empty(()), gradients(delta, with_grad)
+
+
+def _keep_gradient(ctx: Any, inputs: Any, output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.save_for_backward(*output[1])
+
+
+def _backward(ctx: Any, factor: Tensor, _: Any) -> Any:
+    return scaled(ctx.saved_tensors, factor), None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_keep_gradient)
+
+
+def _check(delta: Sequence[Tensor], target: Tensor, weight: Tensor, beta: float, normalizer: Tensor | None) -> None:
+    """Raise ValueError unless shapes, types, devices and settings fit each other."""
+    shapes = [tuple(level.shape) for level in delta]
+    N, R, P = target.shape if target.dim() == 3 else (-1, -1, -1)
+    fits = all(len(shape) in (3, 4) and shape[:2] == (N, R) for shape in shapes)
+    if not fits or weight.shape != target.shape or sum(math.prod(shape[2:]) for shape in shapes) != P:
+        raise ValueError(
+            "smooth_l1_loss: expected levels (N, R, H, W), target and weight (N, R, sum of H*W), got levels "
+            f"{shapes}, target {tuple(target.shape)} and weight {tuple(weight.shape)}"
+        )
+    if normalizer is not None and normalizer.shape not in ((), (N,)):
+        raise ValueError(f"smooth_l1_loss: expected normalizer () or ({N},), got {tuple(normalizer.shape)}")
+    if not beta > 0:
+        raise ValueError(f"smooth_l1_loss: expected beta > 0, got {beta}")
+    require_alike("smooth_l1_loss", delta, target=target, weight=weight)

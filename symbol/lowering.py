@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from symbol import torch_ops
+from symbol.fusion import fuse_losses
 from symbol.graph import Entry, Node, Symbol
 from symbol.initializer import first_value
 from symbol.op_table import Shape, find_op
@@ -45,6 +46,8 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "_contrib_GenAnchor": torch_ops.gen_anchor,
     "_contrib_GenProposalRetina": torch_ops.gen_proposal_retina,
     "_foreground_mean": torch_ops.foreground_mean,
+    "_focal_loss_levels": torch_ops.focal_loss_levels,
+    "_smooth_l1_levels": torch_ops.smooth_l1_levels,
 }
 
 
@@ -107,7 +110,8 @@ def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphMo
     Raises ValueError listing every node that cannot be lowered.
     """
     symbol = hoist_bbox_norm(symbol)
-    nodes = symbol.nodes()
+    fused = fuse_losses(symbol)  # what is computed; shapes and names are the unfused graph's
+    nodes = fused.nodes()
     inputs = sorted(symbol.list_inputs(), key=lambda name: name != "data")
     problems = [problem for node in nodes if (problem := unsupported(node) or _unfit_name(node, inputs))]
     if problems:
@@ -120,7 +124,7 @@ def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphMo
     for node in nodes:
         if (node, 0) not in values:
             _emit(graph, node, values, training)
-    graph.output([values[entry] for entry in symbol.entries])
+    graph.output([values[entry] for entry in fused.entries])
     if not training.users:
         graph.erase_node(training)
     module = fx.GraphModule(root, graph, "Symbol")

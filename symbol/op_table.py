@@ -228,8 +228,22 @@ _ROWS = (
         },
         outputs=("output", "scores"),
     ),
-    # Not MXNet's: `passes.hoist_bbox_norm` puts it behind a loss, just before lowering.
+    # Not MXNet's: passes put them in just before lowering, `passes.hoist_bbox_norm` the first and `fusion.fuse_losses`
+    # the others, which read labels and then the map of every level.
     Op("_foreground_mean", ("data", "label")),
+    Op(
+        "_focal_loss_levels",
+        attrs={
+            "num_args": _int(1),
+            "num_class": _int(),
+            "alpha": _float(0.25),
+            "gamma": _float(2.0),
+            "grad_scale": _float(1.0),
+            "normalization": _enum("null", *_LOSS_NORMALIZATION),
+        },
+        variadic=True,
+    ),
+    Op("_smooth_l1_levels", attrs={"num_args": _int(1), "scalar": _float(1.0)}, variadic=True),
 )
 
 OPS: Mapping[str, Op] = {row.name: row for row in _ROWS}

@@ -26,7 +26,8 @@ def rewrite(symbol: Symbol, replace: Callable[[Node, tuple[Entry, ...]], Node | 
     return Symbol(tuple(new.get(entry, entry) for entry in symbol.entries))
 
 
-def _with_inputs(node: Node, inputs: tuple[Entry, ...]) -> Node:
+def with_inputs(node: Node, inputs: tuple[Entry, ...]) -> Node:
+    """The node on these inputs: itself, where they are its own."""
     same = all(a is b and i == j for (a, i), (b, j) in zip(node.inputs, inputs, strict=True))
     return node if same else Node(node.op, node.name, inputs, node.attrs, node.hints)
 
@@ -37,7 +38,7 @@ def without_fp16(symbol: Symbol) -> Symbol:
     def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
         if node.op == "Cast" and node.attrs["dtype"] in ("float16", "float32"):
             return inputs[0]
-        return _with_inputs(node, inputs)
+        return with_inputs(node, inputs)
 
     return rewrite(symbol, replace)
 
@@ -56,7 +57,7 @@ def hoist_bbox_norm(symbol: Symbol) -> Symbol:
     def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
         if node in hoisted:
             return inputs[0]
-        kept = _with_inputs(node, inputs)
+        kept = with_inputs(node, inputs)
         if node in labels:
             return Node("_foreground_mean", f"{node.name}_mean", ((kept, 0), labels[node]), MappingProxyType({}))
         return kept

@@ -294,6 +294,11 @@ def _foreground_mean(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tup
     return ins, [merge(ins[0], outs[0])]
 
 
+def _scalar(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Shapes, Shapes]:
+    """A scalar has no shape in MXNet's terms, where 0 axes mean unknown ones."""
+    return ins, outs
+
+
 def _gen_anchor(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Shapes, Shapes]:
     _expect_rank(ins[0], 4, "cls_prob (N, A*C, H, W)")
     if ins[0] is None:
@@ -348,4 +353,6 @@ RULES: Mapping[str, Rule] = {
     "_contrib_GenAnchor": _gen_anchor,
     "_contrib_GenProposalRetina": _gen_proposal_retina,
     "_foreground_mean": _foreground_mean,
+    "_focal_loss_levels": _scalar,
+    "_smooth_l1_levels": _scalar,
 }

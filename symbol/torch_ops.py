@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from operator_cxx.anchor import base_anchors, grid_anchors
 from operator_cxx.focal_loss import focal_loss as focal_loss_op
+from operator_cxx.focal_loss import focal_loss_levels as focal_loss_levels_op
+from operator_cxx.reference.smooth_l1 import smooth_l1 as smooth_l1_op
 from operator_cxx.retina_decode import retina_decode
-from operator_cxx.smooth_l1 import smooth_l1 as smooth_l1_op
+from operator_cxx.smooth_l1 import smooth_l1_loss
 from symbol import shape_rules
 
 
@@ -168,11 +170,36 @@ def focal_loss(
     **_: Any,
 ) -> Tensor:
     """() from logits (N, K, C) and labels (N, K); "valid" divides by the foreground count + 1."""
-    normalizer = None
-    if normalization != "valid":
-        count = data.shape[0] if normalization == "batch" else 1
-        normalizer = torch.tensor(float(count), device=data.device)
+    normalizer = _focal_normalizer(label, normalization)
     return focal_loss_op(data, label, alpha=alpha, gamma=gamma, normalizer=normalizer) * grad_scale
+
+
+def focal_loss_levels(
+    label: Tensor,
+    *maps: Tensor,
+    num_class: int,
+    alpha: float,
+    gamma: float,
+    grad_scale: float,
+    normalization: str,
+    **_: Any,
+) -> Tensor:
+    """() as `focal_loss`, from the logits of every level (N, A*C, H, W)."""
+    normalizer = _focal_normalizer(label, normalization)
+    loss = focal_loss_levels_op(maps, label, num_class=num_class, alpha=alpha, gamma=gamma, normalizer=normalizer)
+    return loss * grad_scale
+
+
+def _focal_normalizer(label: Tensor, normalization: str) -> Tensor | None:
+    """What divides the sum; None: the operator's own foreground count + 1."""
+    if normalization == "valid":
+        return None
+    return torch.full((), float(label.shape[0] if normalization == "batch" else 1), device=label.device)
+
+
+def smooth_l1_levels(target: Tensor, weight: Tensor, *maps: Tensor, scalar: float, **_: Any) -> Tensor:
+    """() the sum of weight * smooth_l1(deltas - target), from the deltas of every level (N, 4A, H, W)."""
+    return smooth_l1_loss(maps, target, weight, beta=1 / scalar**2)
 
 
 def bbox_norm(data: Tensor, label: Tensor, *, normalization: str) -> Tensor:

@@ -55,4 +55,5 @@ def retina_transform(config: Config, is_train: bool) -> Transform:
 
 def retina_metric(config: Config) -> list[Any]:
     """Accuracy of the class logits on foreground anchors."""
-    return [FGAccMetric("FGAcc", ["cls_logit_concat_output"], ["rpn_cls_label"])]
+    logits = [f"cls_pred_s{stride}_output" for stride in config.RpnParam.anchor_generate.stride]
+    return [FGAccMetric("FGAcc", logits, ["rpn_cls_label"])]

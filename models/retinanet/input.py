@@ -101,7 +101,7 @@ class PyramidAnchorTarget2D:
         return {
             "rpn_cls_label": label,
             "rpn_reg_target": self._by_cell(delta, portrait),
-            "rpn_reg_weight": self._by_cell(foreground[..., None].expand(-1, -1, 4).float(), portrait),
+            "rpn_reg_weight": self._by_cell(foreground[..., None].expand_as(delta), portrait),
             "rpn_fg_count": foreground.sum(dim=1).float(),
         }
 
@@ -122,14 +122,15 @@ class PyramidAnchorTarget2D:
         return self._anchors[portrait, device]
 
     def _by_cell(self, value: Tensor, portrait: bool) -> Tensor:
-        """(N, K, 4) of anchors to (N, 4A, sum of H*W)."""
+        """(N, K, 4) of anchors to float32 (N, 4A, sum of H*W)."""
         A = len(self._base[0])
         cells = [H * W for H, W in self._map_sizes(portrait)]
-        levels = []
-        for level, cell in zip(value.split([A * c for c in cells], dim=1), cells, strict=True):
-            # (N, A*H*W, 4) -> (N, A, H*W, 4) -> (N, A, 4, H*W) -> (N, 4A, H*W)
-            levels.append(level.reshape(-1, A, cell, 4).transpose(2, 3).reshape(-1, 4 * A, cell))
-        return torch.cat(levels, dim=2)
+        out = value.new_empty(len(value), A, 4, sum(cells), dtype=torch.float32)
+        levels = value.split([A * c for c in cells], dim=1)
+        for level, place in zip(levels, out.split(cells, dim=3), strict=True):
+            # (N, A*H*W, 4) -> (N, A, H*W, 4) -> (N, A, 4, H*W)
+            place.copy_(level.unflatten(1, (A, -1)).transpose(2, 3))
+        return out.flatten(1, 2)
 
 
 class AverageFgCount:

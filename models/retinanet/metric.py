@@ -1,6 +1,6 @@
 """Training metrics of RetinaNet.
 
-Shapes: N images, K anchors of all levels, C foreground classes.
+Shapes: N images, K anchors of all levels, A anchors per cell, P cells of a level, C foreground classes.
 """
 
 from __future__ import annotations
@@ -31,14 +31,27 @@ class FGAccMetric:
 
     @torch.no_grad()
     def update(self, labels: Sequence[Tensor], preds: Sequence[Tensor]) -> None:
-        """Count one batch: labels[0] (N, K) with -1, 0, 1..C, preds[0] (N, K, C) logits or probabilities."""
-        label, pred = labels[0], preds[0]
-        foreground = label >= 1
-        correct = pred.argmax(dim=2) + 1 == label  # false for background and ignored anchors
-        self._correct = self._correct + correct.sum()
-        self._count = self._count + foreground.sum()
+        """Count one batch: labels[0] (N, K) with -1, 0, 1..C; preds logits or probabilities, of all anchors at once
+        (N, K, C) or of every level (N, A*C, H, W), whose anchors are labelled in (A, H*W) order."""
+        label = labels[0]
+        levels = [_by_class(pred, label.shape[1], preds) for pred in preds]  # (N, A, C, P) each
+        parts = label.split([level.shape[1] * level.shape[3] for level in levels], dim=1)
+        for score, part in zip(levels, parts, strict=True):
+            wanted = part.reshape(score.shape[0], score.shape[1], 1, score.shape[3]).long()  # (N, A, 1, P)
+            of_label = score.gather(2, (wanted - 1).clamp(min=0))
+            foreground = wanted >= 1
+            self._correct = self._correct + (foreground & (of_label == score.amax(2, keepdim=True))).sum()
+            self._count = self._count + foreground.sum()
 
     def get(self) -> tuple[str, float]:
         """Name and value since the last reset; nan where no anchor was foreground."""
         count = int(self._count)
         return self.name, int(self._correct) / count if count else float("nan")
+
+
+def _by_class(pred: Tensor, num_anchor: int, preds: Sequence[Tensor]) -> Tensor:
+    """(N, A, C, P) of one of the predictions: a view."""
+    if pred.dim() == 3:
+        return pred.transpose(1, 2)[:, None]  # (N, 1, C, K)
+    A = num_anchor // sum(level.shape[2] * level.shape[3] for level in preds)
+    return pred.flatten(2).unflatten(1, (A, -1))

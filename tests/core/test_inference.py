@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
 
 from config.load import load_config
 from config.schema import Config
 from core.checkpoint import Progress, epoch_stem, save_checkpoint
+from core.inference import detect
 from core.inference import test as run_test
 from symbol import lower
 from utils.make_demo_dataset import make_demo_dataset
@@ -111,6 +115,63 @@ def test_the_batch_size_changes_nothing(data_root: Path, tmp_path: Path) -> None
         assert one.im_id == four.im_id
         np.testing.assert_allclose(one.score, four.score, rtol=1e-4)
         np.testing.assert_allclose(one.bbox, four.bbox, atol=0.05)
+
+
+class FixedCandidates(nn.Module):
+    """In place of a network: two images' three candidates, (N, M, C + 1) and (N, M, 4)."""
+
+    def forward(self, data: Tensor, im_info: Tensor) -> tuple[Tensor, Tensor]:
+        score = torch.zeros(2, 3, 3)
+        score[0, 0, 1], score[0, 1, 1], score[0, 2, 2] = 0.5, 0.75, 0.625
+        score[1, 1, 2] = 0.25
+        # 0..9 and 0..7: IoU 0.8
+        boxes = [[0.0, 0.0, 7.0, 0.0], [0.0, 0.0, 9.0, 0.0], [0.0, 0.0, 9.0, 0.0]]
+        return score, torch.tensor([boxes, boxes])
+
+
+@pytest.mark.parametrize(
+    "overrides, first, second",
+    [
+        ((), [(0.75, 1, 9), (0.625, 2, 9)], [(0.25, 2, 9)]),
+        (("TestParam.nms.thr=0.9",), [(0.75, 1, 9), (0.625, 2, 9), (0.5, 1, 7)], [(0.25, 2, 9)]),
+        (("TestParam.max_det_per_image=1",), [(0.75, 1, 9)], [(0.25, 2, 9)]),
+        (("TestParam.min_det_score=0.625",), [(0.75, 1, 9)], []),
+        # 0.5 (1 - 0.8)
+        (("TestParam.nms.type=soft_linear",), [(0.75, 1, 9), (0.625, 2, 9), (0.1, 1, 7)], [(0.25, 2, 9)]),
+        (("TestParam.nms.type=soft_linear", "TestParam.nms.min_score=0.3"), [(0.75, 1, 9), (0.625, 2, 9)], []),
+        (
+            ("TestParam.nms.type=soft_linear", "TestParam.min_det_score=0.2"),
+            [(0.75, 1, 9), (0.625, 2, 9)],
+            [(0.25, 2, 9)],
+        ),
+        (
+            ("TestParam.nms.type=soft_gaussian", "TestParam.nms.sigma=0.25"),
+            [(0.75, 1, 9), (0.625, 2, 9), (0.5 * math.exp(-0.64 / 0.25), 1, 7)],
+            [(0.25, 2, 9)],
+        ),
+    ],
+)
+def test_detections_of_a_batch(
+    data_root: Path,
+    tmp_path: Path,
+    overrides: tuple[str, ...],
+    first: list[tuple[float, int, float]],
+    second: list[tuple[float, int, float]],
+) -> None:
+    config = load(data_root, tmp_path, *overrides)
+    config.test_transform.batch.clear()
+    batch = {
+        "data": torch.zeros(2, 3, 8, 8),
+        "im_info": torch.tensor([[8.0, 8.0, 0.5], [8.0, 8.0, 2.0]]),
+        "im_id": torch.tensor([7, 8]),
+        "files": ["a.jpg", "b.jpg"],
+    }
+    found = list(detect(config, FixedCandidates(), [batch], torch.device("cpu")))
+    assert [(image.im_id, image.path) for image in found] == [(7, "a.jpg"), (8, "b.jpg")]
+    for image, expected, scale in zip(found, (first, second), (0.5, 2.0), strict=True):
+        assert image.score.tolist() == pytest.approx([score for score, _, _ in expected])
+        assert image.cls.tolist() == [cls for _, cls, _ in expected]
+        assert image.bbox.tolist() == [[0.0, 0.0, right / scale, 0.0] for _, _, right in expected]
 
 
 @pytest.mark.parametrize("annotations", [None, []])

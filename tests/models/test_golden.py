@@ -347,7 +347,7 @@ def test_the_losses_of_the_head(sync: bool) -> None:
     assert ("rpn_fg_count" in graph.list_inputs()) == sync
     assert graph.list_outputs() == ["cls_loss_output", "reg_loss_output"]
     internals = graph.get_internals()
-    watched = [internals["cls_logit_concat_output"], internals["bbox_delta_concat_output"]]
+    watched = [internals[f"{subnet}_pred_s{stride}_output"] for subnet in ("cls", "bbox") for stride in STRIDES]
     module = S.lower(Group([graph, *watched]))
 
     random = torch.Generator().manual_seed(0)
@@ -358,12 +358,14 @@ def test_the_losses_of_the_head(sync: bool) -> None:
     weight = expand_weight(label.numpy(), cells)
     inputs |= {"rpn_cls_label": label, "rpn_reg_target": target, "rpn_reg_weight": weight}
     inputs |= {"rpn_fg_count": torch.tensor([700.0, 700.0])} if sync else {}
-    cls_loss, reg_loss, logit, delta = module(**inputs)
-    gradients = torch.autograd.grad(cls_loss + reg_loss, [logit, delta])
+    cls_loss, reg_loss, *maps = module(**inputs)
+    gradients = torch.autograd.grad(cls_loss + reg_loss, maps)
 
     divisor = 700 if sync else (label >= 1).sum() + 1
-    plain = [logit.detach().requires_grad_(), delta.detach().requires_grad_()]
-    expected = [focal_sum(plain[0], label) / divisor, (weight * smooth_l1(plain[1] - target)).sum() / divisor]
+    plain = [level.detach().requires_grad_() for level in maps]
+    by_anchor = [level.reshape(2, A, 3, -1).transpose(2, 3).reshape(2, -1, 3) for level in plain[: len(STRIDES)]]
+    logit, delta = torch.cat(by_anchor, 1), torch.cat([level.flatten(2) for level in plain[len(STRIDES) :]], 2)
+    expected = [focal_sum(logit, label) / divisor, (weight * smooth_l1(delta - target)).sum() / divisor]
     torch.testing.assert_close([cls_loss, reg_loss], expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(list(gradients), list(torch.autograd.grad(sum(expected), plain)), rtol=1e-4, atol=1e-7)
 

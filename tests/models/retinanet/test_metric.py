@@ -23,6 +23,21 @@ def test_accuracy_over_foreground_anchors():
     assert acc.get() == ("FGAcc", 0.0)
 
 
+def test_levels_count_as_the_anchors_that_they_hold():
+    # 2 images, 3 anchors per cell, 4 classes, levels of 2 x 3 and 1 x 1 cells; labels per level in (A, H*W) order
+    random = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 12, 2, 3, generator=random), torch.randn(2, 12, 1, 1, generator=random)]
+    label = torch.randint(-1, 5, (2, 3 * 7), generator=random).float()
+    by_anchor = [m.reshape(2, 3, 4, -1).transpose(2, 3).reshape(2, -1, 4) for m in maps]
+    predicted = torch.cat(by_anchor, dim=1).argmax(dim=2) + 1
+    expected = int(((predicted == label) & (label >= 1)).sum()) / int((label >= 1).sum())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        acc = metric()
+        acc.update([label], [m.contiguous(memory_format=layout) for m in maps])
+        assert acc.get()[1] == expected
+    assert 0 < expected < 1
+
+
 def test_nothing_counted_is_nan():
     acc = metric()
     assert math.isnan(acc.get()[1])

@@ -14,23 +14,23 @@ from torch import Tensor
 MAX_LOG_RATIO = math.log(1000.0 / 16.0)
 
 
-def inclusive_area(box: Tensor) -> Tensor:
-    """Areas (...) of boxes (..., 4)."""
+def inclusive_area(box: Tensor, offset: int = 1) -> Tensor:
+    """Areas (...) of boxes (..., 4); offset 0: of boxes with exclusive corners."""
     x1, y1, x2, y2 = box.unbind(-1)
-    return (x2 - x1 + 1) * (y2 - y1 + 1)
+    return (x2 - x1 + offset) * (y2 - y1 + offset)
 
 
-def inclusive_iou(box1: Tensor, area1: Tensor, box2: Tensor, area2: Tensor) -> Tensor:
+def inclusive_iou(box1: Tensor, area1: Tensor, box2: Tensor, area2: Tensor, offset: int = 1) -> Tensor:
     """Intersection over union of boxes (..., 4) with boxes (..., 4), broadcast against each other.
 
     The areas (...) are those of `inclusive_area`; callers compare one set with many others and compute them
     once. Equal overlaps decide which anchors are foreground, so the order of the operations is part of the
-    result.
+    result. offset 0: of boxes with exclusive corners.
     """
     x1, y1, x2, y2 = box1.unbind(-1)
     left, top, right, bottom = box2.unbind(-1)
-    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).add_(1).clamp_(min=0)
-    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).add_(1).clamp_(min=0)
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).add_(offset).clamp_(min=0)
+    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).add_(offset).clamp_(min=0)
     inter = width.mul_(height)
     return inter / (area1 + area2).sub_(inter)
 

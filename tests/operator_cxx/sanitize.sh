@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Runs the operators' tests on kernels that GCC's sanitizers watch: the CPU library for memory errors, undefined behaviour
+# and data races, the CUDA kernels, emulated, for the first two. A sanitizer first has to find an error made on purpose.
+# PYTHON names the interpreter, CXX the compiler; what is left of NumPy's binding is tested where it is built.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHON=${PYTHON:-python3} PYTHONPATH=$PWD NECKLACE_OPS=compiled NECKLACE_CUDA=0 OMP_NUM_THREADS=2
+export ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1  # Python frees little at its end
+compiler=${CXX:-c++}
+
+runtime() { $compiler -print-file-name="$1"; }
+
+# Environment in which Python runs on the library in build/NAME, with sanitizer runtimes loaded first: they take over malloc.
+watched() {
+  local name=$1 runtimes=$2
+  shift 2
+  NECKLACE_OPS_LIBRARY=$PWD/build/$name/necklace_cpu.so LD_LIBRARY_PATH=$PWD/build/$name LD_PRELOAD=$runtimes "$@"
+}
+
+must_find() {
+  local words=$1 found
+  shift
+  found=$("$@" 2>&1) && { echo "the sanitizer let an error pass: expected \"$words\", got: $found"; exit 1; }
+  grep -q "$words" <<<"$found" || { echo "the sanitizer did not start: expected \"$words\", got: $found"; exit 1; }
+  echo "found what was planted: $words"
+}
+
+build() {
+  local name=$1
+  shift
+  "$PYTHON" operator_cxx/build.py cpu --out "build/$name/necklace_cpu.so" --flag=-g --flag=-O1 "${@/#/--flag=}"
+}
+
+memory=(-fsanitize=address,undefined -fno-sanitize-recover=all)
+build memory "${memory[@]}"
+runtimes="$(runtime libasan.so) $(runtime libstdc++.so)"
+must_find heap-buffer-overflow watched memory "$runtimes" "$PYTHON" tests/operator_cxx/planted_error.py read
+# The emulated kernels are built by the tests: with this compiler. Their fibers may not change threads under its eyes.
+CXX="$compiler ${memory[*]} -g -O1" watched memory "$runtimes" \
+  "$PYTHON" -m pytest --capture=sys tests/operator_cxx -k "not reference and not (emulated and thread)" \
+  --ignore tests/operator_cxx/test_build.py
+
+build races -fsanitize=thread
+# without random addresses, which the sanitizer may find its own in
+races() { watched races "$(runtime libtsan.so)" setarch -R "$@"; }
+must_find "data race" races "$PYTHON" tests/operator_cxx/planted_error.py race
+races "$PYTHON" -m pytest --capture=sys tests/operator_cxx -k "not reference and not emulated and thread" \
+  --ignore tests/operator_cxx/test_build.py
