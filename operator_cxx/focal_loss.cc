@@ -11,7 +11,8 @@
 
 namespace {
 
-constexpr int64_t kRun = 1024;         // logits whose loss is summed in their own precision
+constexpr int64_t kRun = 1024;         // logits of a run, at most
+constexpr int64_t kSum = 256;          // losses that are summed in float32
 constexpr int64_t kBlock = 16 * kRun;  // logits that a thread takes at a time, about
 constexpr int64_t kShortRow = 16;      // cells: rows below are not worth a run
 
@@ -71,22 +72,23 @@ struct Level {
   double cell_block_loss(int64_t n, int64_t block) const {
     const int64_t cells = cells_of_block(C), first = block * cells, last = std::min(first + cells, A * P);
     const int64_t step = std::max<int64_t>(1, kRun / C);
+    float mark[kRun] = {};
     double sum = 0;
     for (int64_t q = first; q < last; q += step) {
       for (int64_t c = 0; c < C; c += kRun) {  // more than once only where a cell has more than kRun classes
-        sum += cells_loss(n, q, std::min(step, last - q), c, std::min(kRun, C - c));
+        sum += cells_loss(n, q, std::min(step, last - q), c, std::min(kRun, C - c), mark);
       }
     }
     return sum;
   }
 
-  /* The classes from c on, `width` of them, of the cells from q on, counted as q = p * A + a. */
-  double cells_loss(int64_t n, int64_t q, int64_t cells, int64_t c, int64_t width) const {
-    float mark[kRun];
+  /* The classes from c on, `width` of them, of the cells from q on, counted as q = p * A + a. mark is 0 before and
+   * after. */
+  double cells_loss(int64_t n, int64_t q, int64_t cells, int64_t c, int64_t width, float* mark) const {
     T gathered[kRun], made[kRun];
     const T* x = logit + n * at.n + c * at.c;
     T* g = grad ? grad + n * grad_at.n + c * grad_at.c : nullptr;
-    mark_cells(mark, n, q, cells, c, width);
+    mark_cells(mark, n, q, cells, c, width, -1, 1);
     const bool in_place = side_by_side(at), out_in_place = side_by_side(grad_at);
     if (!in_place) {
       each_cell(q, cells, width, [&](int64_t i, int64_t a, int64_t p) {
@@ -95,6 +97,7 @@ struct Level {
     }
     const double sum = run_loss(
         scale[n], in_place ? x + q * C : gathered, !g ? g : out_in_place ? g + q * C : made, mark, 1, cells * width);
+    mark_cells(mark, n, q, cells, c, width, 0, 0);
     if (g && !out_in_place) {
       each_cell(q, cells, width, [&](int64_t i, int64_t a, int64_t p) {
         for (int64_t j = 0; j < width; ++j) g[a * grad_at.a + p * grad_at.p + j * grad_at.c] = made[i + j];
@@ -117,14 +120,15 @@ struct Level {
     }
   }
 
-  void mark_cells(float* mark, int64_t n, int64_t q, int64_t cells, int64_t c, int64_t width) const {
-    std::fill(mark, mark + cells * width, 0.0f);
+  /* Most logits are of neither kind: to mark the others takes less than to write all marks. */
+  void mark_cells(
+      float* mark, int64_t n, int64_t q, int64_t cells, int64_t c, int64_t width, float ignored, float positive) const {
     each_cell(q, cells, width, [&](int64_t i, int64_t a, int64_t p) {
       const float own = label[n * label_stride + a * P + p];
       if (!(own >= 0)) {
-        std::fill(mark + i, mark + i + width, -1.0f);
+        std::fill(mark + i, mark + i + width, ignored);
       } else if (own > static_cast<float>(c) && own <= static_cast<float>(c + width)) {
-        mark[i + static_cast<int64_t>(own) - 1 - c] = 1;
+        mark[i + static_cast<int64_t>(own) - 1 - c] = positive;
       }
     });
   }
@@ -147,16 +151,21 @@ struct Level {
     const Number weight = static_cast<Number>(alpha), other_weight = static_cast<Number>(1 - alpha);
     const Number up = static_cast<Number>(-alpha * factor), down = static_cast<Number>((1 - alpha) * factor);
     const nk::FocalTerm<Number, squared> loss = term;
-    Number sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) {
-      const bool is_positive = own[i] == positive;
-      Number slope;
-      const Number value = loss(z[i], e[i], slope);
-      sum += (is_positive ? weight : other_weight) * value;
-      if (with_grad) nk::narrow((is_positive ? up : down) * slope, g[i]);
+    double sum = 0;
+    for (int64_t first = 0; first < count; first += kSum) {
+      const int64_t last = std::min(first + kSum, count);
+      Number part = 0;
+#pragma omp simd reduction(+ : part)
+      for (int64_t i = first; i < last; ++i) {
+        const bool is_positive = own[i] == positive;
+        Number slope;
+        const Number value = loss(z[i], e[i], slope);
+        part += (is_positive ? weight : other_weight) * value;
+        if (with_grad) nk::narrow((is_positive ? up : down) * slope, g[i]);
+      }
+      sum += static_cast<double>(part);
     }
-    return static_cast<double>(sum);
+    return sum;
   }
 };
 

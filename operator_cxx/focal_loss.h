@@ -24,10 +24,16 @@ struct FocalTerm {
   /* e = exp(-|z|) is made by the caller. The derivative by z goes to slope. */
   NK_HD T operator()(T z, T e, T& slope) const {
     const T large = 1 / (1 + e), small = e * large;  // sigmoid of |z| and of -|z|
-    const T s = z < 0 ? small : large, other = z < 0 ? large : small;  // sigmoid(z), and 1 - s without cancellation
+    const T s = z < 0 ? small : large;               // sigmoid(z)
     const T log1p = log1p_unit(e);
     const T softplus = (z > 0 ? z : T(0)) + log1p;
-    const T power = squared ? s * s : power_of_sigmoid(z, log1p);
+    // The slope is s^gamma (gamma (1 - s) softplus + s); 1 - s is found without cancellation.
+    if (squared) {
+      const T power = s * s, product = large * small;  // s (1 - s)
+      slope = s * multiply_add(gamma * product, softplus, power);
+      return power * softplus;
+    }
+    const T power = power_of_sigmoid(z, log1p), other = z < 0 ? large : small;
     slope = power * multiply_add(gamma * other, softplus, s);
     return power * softplus;
   }

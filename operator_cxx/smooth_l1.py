@@ -86,11 +86,15 @@ def _(
 
 
 def _keep_gradient(ctx: Any, inputs: Any, output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.levels = len(inputs[0])
+    ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)  # or backward would get zeros for the gradients, as large as they are
     ctx.save_for_backward(*output[1])
 
 
-def _backward(ctx: Any, factor: Tensor, _: Any) -> Any:
-    return scaled(ctx.saved_tensors, factor), None, None, None, None, None
+def _backward(ctx: Any, factor: Tensor | None, _: Any) -> Any:
+    grad = [None] * ctx.levels if factor is None else scaled(ctx.saved_tensors, factor)
+    return grad, None, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_keep_gradient)

@@ -1,22 +1,24 @@
 #!/usr/bin/env bash
 # Runs the operators' tests on kernels that GCC's sanitizers watch: the CPU library for memory errors, undefined behaviour
 # and data races, the CUDA kernels, emulated, for the first two. A sanitizer first has to find an error made on purpose.
-# PYTHON names the interpreter, CXX the compiler; what is left of NumPy's binding is tested where it is built.
+# NumPy's binding is tested too, on the same libraries. PYTHON names the interpreter, CXX the compiler.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-python3} PYTHONPATH=$PWD NECKLACE_OPS=compiled NECKLACE_CUDA=0 OMP_NUM_THREADS=2
-export ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1  # Python frees little at its end
+export ASAN_OPTIONS=detect_leaks=0  # Python frees little at its end
+export TSAN_OPTIONS=halt_on_error=1
 compiler=${CXX:-c++}
 
 runtime() { $compiler -print-file-name="$1"; }
 
-# Environment in which Python runs on the library in build/NAME, with sanitizer runtimes loaded first: they take over malloc.
+# watched NAME RUNTIMES COMMAND...: on the library in build/NAME, with the sanitizers' runtimes loaded first, as they ask
 watched() {
   local name=$1 runtimes=$2
   shift 2
   NECKLACE_OPS_LIBRARY=$PWD/build/$name/necklace_cpu.so LD_LIBRARY_PATH=$PWD/build/$name LD_PRELOAD=$runtimes "$@"
 }
 
+# must_find WORDS COMMAND...: the command has to fail with these words
 must_find() {
   local words=$1 found
   shift

@@ -135,6 +135,8 @@ def test_kernels_of_another_library(stub, monkeypatch, tmp_path):
     found, notes = load(monkeypatch, Path("/"), NECKLACE_OPS_LIBRARY=str(tmp_path / "other.so"))
     assert found["cpu"].info["target"] == "elsewhere"
     assert notes[0] == "operators: compiled for cpu (elsewhere)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert set(load(monkeypatch, Path("/"))[0]) == {"cpu"}  # it is none for GPUs
 
 
 def test_without_kernels_torch_serves(stub, monkeypatch, tmp_path):

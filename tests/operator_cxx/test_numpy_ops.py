@@ -105,6 +105,15 @@ def test_soft_nms(method):
     assert np.setdiff1d(ours[1], arrays[1]).size > 0  # some scores were lowered
 
 
+def test_nms_by_hand():
+    # two boxes that share a column of pixels: an IoU of 2 / 6, or of 0 where corners lie outside
+    arrays = [[[0, 0, 1, 1], [1, 0, 2, 1], [0, 0, 1, 1]]], [[0.5, 0.75, 0.25]], [[1, 1, 2]]
+    assert numpy_ops.nms(*arrays, thr=0.3, max_det=3)[0].tolist() == [[1, 2, -1]]
+    index, score = numpy_ops.nms(*arrays, thr=0.3, max_det=3, inclusive=False)
+    assert index.tolist() == [[1, 0, 2]]
+    assert score.tolist() == [[0.75, 0.5, 0.25]]
+
+
 def test_nms_of_nothing():
     index, score = numpy_ops.nms(np.zeros((2, 0, 4)), np.zeros((2, 0)), np.zeros((2, 0)), thr=0.5, max_det=3)
     assert index.tolist() == [[-1] * 3] * 2
@@ -215,6 +224,16 @@ def test_any_number_of_threads_gives_the_same(call):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: flat(function(*arrays, **settings)), range(16)))
     assert set(answers) == {expected}
+
+
+def test_threads_default_to_the_cpus_there_are(call, monkeypatch):
+    function, arrays, settings = call
+    asked = []
+    monkeypatch.setattr(numpy_ops, "usable_cpus", lambda: asked.append(1) or 2)
+    function(*arrays, **settings, threads=3)
+    assert not asked
+    function(*arrays, **settings)
+    assert asked
 
 
 def test_any_layout_and_type_is_taken(call):
