@@ -14,7 +14,7 @@ OR_NO_COMPILER := || [ $$? -eq 3 ]
 STRICT = $(shell test -e $(BUILT)/necklace_cpu.so && echo NECKLACE_OPS=compiled) \
 	$(shell test -e $(BUILT)/necklace_cuda.so || echo NECKLACE_CUDA=0)
 
-.PHONY: help env ops cuda lint types unit sanitize test demo bench clean
+.PHONY: help env ops cuda lint types unit fuzz sanitize test demo bench clean
 
 help:
 	@echo "make env       the environment in $(VENV) (PYTHON=, TORCH= choose interpreter and torch)"
@@ -22,6 +22,7 @@ help:
 	@echo "make demo      draw a data set, train a small detector on it, test it, draw what it finds"
 	@echo "make test      lint, types, tests and, where there is nvcc, the CUDA kernels for all GPUs"
 	@echo "make sanitize  test the compiled operators for memory errors, undefined behaviour and data races"
+	@echo "make fuzz      read many more damaged files than make test does"
 	@echo "make bench     time a training step of the demo, and the operators"
 	@echo "make clean     remove $(VENV), what was compiled and caches; data and experiments stay"
 
@@ -53,6 +54,9 @@ unit: ops
 	$(STRICT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 test: lint types unit cuda
+
+fuzz: env
+	NECKLACE_FUZZ=100 $(BIN)/python -m pytest tests/core/test_hostile_files.py
 
 sanitize: ops
 	PYTHON=$(CURDIR)/$(BIN)/python tests/operator_cxx/sanitize.sh

@@ -7,6 +7,8 @@ python3 detection_test.py --config ... --checkpoint FILE --draw 20
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,11 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.draw < 0:
         raise ValueError(f"--draw: expected 0 or more images, got {parsed.draw}")
     config = load_config(parsed.config, is_train=False, overrides=overrides(parsed))
+    from core.device import num_usable, select_device
     from core.inference import test
+    from core.launch import launch
+    from core.world import join, launched_size
 
+    kvstore = config.KvstoreParam
+    num_process = num_usable(kvstore.gpus, kvstore.processes)
+    if launched_size() is None and num_process > 1:
+        sys.exit(launch(__file__, list(sys.argv[1:] if arguments is None else arguments), num_process))
     epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
-    test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw)
+    device = select_device(kvstore.gpus[: max(1, num_process)], int(os.environ.get("LOCAL_RANK", "0")))
+    with join(device) as world:
+        test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw, world=world, device=device)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECTION.FIELD=VALUE",
         help="change a field before anything is derived from it; may be repeated",
     )
-    parser.add_argument("--gpus", metavar="0|cpu", help="the device, instead of KvstoreParam.gpus")
+    parser.add_argument("--gpus", metavar="0,1|cpu", help="the devices, instead of KvstoreParam.gpus")
+    parser.add_argument("--processes", metavar="N", help="how many processes on the CPU, instead of 1")
     parser.add_argument("--data-root", metavar="DIR", help="the folder of the image sets, instead of data")
 
 
@@ -41,7 +42,11 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     """The --set values, and what --gpus and --data-root are short for."""
     if arguments.gpus is not None and not re.fullmatch(r"cpu|\d+(,\d+)*", arguments.gpus):
         raise ValueError(f"--gpus: expected cpu or device numbers such as 0, got {arguments.gpus!r}")
-    short = {"KvstoreParam.gpus": arguments.gpus, "DatasetParam.data_root": arguments.data_root}
+    short = {
+        "KvstoreParam.gpus": arguments.gpus,
+        "KvstoreParam.processes": arguments.processes,
+        "DatasetParam.data_root": arguments.data_root,
+    }
     return [*arguments.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
 
 
@@ -54,8 +59,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(format_config(config))
         print(describe_run(config))
         return
-    from core.detection_module import fit
+    from core.detection_module import check_run, fit
+    from core.launch import launch
+    from core.world import launched_size
 
+    if launched_size() is None and config.KvstoreParam.num_device > 1:
+        check_run(config, parsed.resume)
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        sys.exit(launch(__file__, given, config.KvstoreParam.num_device, again=["--resume"]))
     fit(config, format_config(config), resume=parsed.resume)
 
 
@@ -67,6 +78,14 @@ def run(program: Callable[[], None]) -> None:
         if os.environ.get("NECKLACE_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        from core.launch import RETRY
+        from core.world import LostProcessError
+
+        if not isinstance(error, LostProcessError):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(RETRY)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -15,12 +15,15 @@ _AT_LEAST_ONE = (
     "OptimizeParam.schedule.end_epoch",
     "General.batch_image",
     "General.log_frequency",
+    "KvstoreParam.processes",
+    "KvstoreParam.machines",
     "BackboneParam.num_filter",
     "NeckParam.dim_reduced",
     "NeckParam.num_stage",
     "RpnParam.head.conv_channel",
     "RpnParam.head.num_conv",
     "RpnParam.proposal.pre_nms_top_n",
+    "DatasetParam.bad_image_limit",
     "TestParam.batch_image",
     "TestParam.max_det_per_image",
     "ResizeParam.short",
@@ -30,6 +33,8 @@ _AT_LEAST_ONE = (
 _AT_LEAST_ZERO = (
     "General.seed",
     "General.loader_worker",
+    "General.keep_checkpoints",
+    "General.checkpoint_minutes",
     "NormalizeParam.wd_mult",
     "RpnParam.focal_loss.gamma",
     "OptimizeParam.optimizer.wd",
@@ -98,6 +103,17 @@ def _check_run(config: Config) -> None:
     gpus = config.KvstoreParam.gpus
     if len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus):
         raise ValueError(f"KvstoreParam.gpus: expected different device numbers from 0 on, got {gpus}")
+    kvstore = config.KvstoreParam
+    if gpus and kvstore.processes != 1:
+        raise ValueError(
+            f"KvstoreParam.processes is {kvstore.processes}, which is for CPUs; GPUs have a process each: write 1, or "
+            "train on the CPU with --gpus cpu"
+        )
+    if (kvstore.machines > 1) != (kvstore.kvstore == "dist_sync"):
+        raise ValueError(
+            f"KvstoreParam: expected kvstore dist_sync with 2 or more machines, and local or device with 1; got "
+            f"{kvstore.kvstore} and machines {kvstore.machines}"
+        )
     image_sets = config.DatasetParam.image_set
     if not image_sets or len(set(image_sets)) != len(image_sets):
         raise ValueError(

@@ -17,6 +17,7 @@ def derive(config: Config, stem: str, is_train: bool) -> None:
     FileNotFoundError where they cannot be counted.
     """
     _derive_names(config, stem)
+    _derive_devices(config)
     _derive_copies(config)
     _derive_normalizer(config)
     _derive_feature_sides(config)
@@ -42,7 +43,7 @@ def _derive_copies(config: Config) -> None:
 def _derive_normalizer(config: Config) -> None:
     normalize = config.NormalizeParam
     normalizer = normalizer_factory(
-        type=normalize.type, ndev=_num_device(config), wd_mult=normalize.wd_mult, momentum=normalize.momentum
+        type=normalize.type, ndev=config.KvstoreParam.num_device, wd_mult=normalize.wd_mult, momentum=normalize.momentum
     )
     for section in (config.NormalizeParam, config.BackboneParam, config.NeckParam, config.RpnParam):
         fill(section, "normalizer", normalizer)
@@ -113,7 +114,7 @@ def _published_classes(config: Config) -> int | None:
 def _derive_learning_rate(config: Config) -> None:
     optimizer = config.OptimizeParam.optimizer
     if optimizer.lr is None:
-        optimizer.lr = optimizer.lr_per_image * config.General.batch_image * _num_device(config)
+        optimizer.lr = optimizer.lr_per_image * config.General.batch_image * config.KvstoreParam.num_device
 
 
 def _derive_graphs(config: Config, is_train: bool) -> None:
@@ -137,5 +138,6 @@ def _derive_input(config: Config, is_train: bool) -> None:
     fill(config, "metric_list", config.get_metric(config))
 
 
-def _num_device(config: Config) -> int:
-    return max(1, len(config.KvstoreParam.gpus))  # the CPU counts as one
+def _derive_devices(config: Config) -> None:
+    kvstore = config.KvstoreParam
+    fill(kvstore, "num_device", kvstore.machines * (len(kvstore.gpus) or kvstore.processes))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -40,9 +40,9 @@ def convert(value: Any, hint: Any) -> Any:
         return _require(value, callable(value))
     if hint is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return float(_require(value, number and math.isfinite(value)))
+        return float(_require(value, number and abs(value) <= sys.float_info.max))  # not NaN, and no int beyond floats
     if hint is int:
-        return _require(value, isinstance(value, int) and not isinstance(value, bool))
+        return _require(value, isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63)
     return _require(value, isinstance(value, hint))
 
 

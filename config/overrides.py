@@ -25,7 +25,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
     field.
     """
     for override in overrides:
-        place = f"--set {override}"
+        place = f"--set {override:.200}"
         key, equals, text = override.partition("=")
         key, text = key.strip(), text.strip()
         if not (key and equals):
@@ -47,10 +47,10 @@ def _find(config: Config, key: str, place: str) -> tuple[Section, str]:
             if step in section.__dataclass_fields__:
                 whole = ".".join(path[:depth])
                 raise ValueError(f"{place}: {whole} is a value without fields; set it whole, as {whole}=...")
-            raise ValueError(f"{place}: unknown key '{key}'; nearest: {_nearest_keys(config, key)}")
+            raise ValueError(f"{place}: unknown key '{key:.200}'; nearest: {_nearest_keys(config, key)}")
         section = child
     if name not in section.__dataclass_fields__:
-        raise ValueError(f"{place}: unknown key '{key}'; nearest: {_nearest_keys(config, key)}")
+        raise ValueError(f"{place}: unknown key '{key:.200}'; nearest: {_nearest_keys(config, key)}")
     target = getattr(section, name, None)
     if isinstance(target, Section):
         below = ", ".join(_settable(target, f"{key}.")) or "none, all are derived"

@@ -27,6 +27,8 @@ class General(Section):
     batch_image: int = 8  # images per device and step
     fp16: bool = True
     seed: int = 0
+    keep_checkpoints: int = 0  # epochs whose weights stay, the last ones; 0: all
+    checkpoint_minutes: float = 0.0  # also a checkpoint every so many minutes; 0: when an epoch or the run ends
     log_frequency: int = 10  # steps between two log lines
     loader_worker: int = 4  # decoding processes; 0 decodes in the training process
 
@@ -35,8 +37,11 @@ class General(Section):
 class KvstoreParam(Section):
     """Where it runs."""
 
-    kvstore: Literal["local", "device", "dist_sync"] = "local"  # of no effect on one device
-    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # () trains on the CPU
+    kvstore: Literal["local", "device", "dist_sync"] = "local"  # dist_sync: several machines, under torchrun
+    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of each machine, a process each; () trains on the CPU
+    processes: int = 1  # on the CPU, where gpus is ()
+    machines: int = 1
+    num_device: int = derived("gpus, processes and machines of KvstoreParam")
     batch_image: int = derived("General.batch_image")
     fp16: bool = derived("General.fp16")
 
@@ -120,6 +125,8 @@ class DatasetParam(Section):
     image_set: tuple[str | ImageSet, ...] = ("coco_train2017", "coco_val2017")
     data_root: str = "data"
     flip: bool = True  # training: an epoch has every image twice, once flipped
+    bad_image: Literal["stop", "skip"] = "stop"  # training, at a file that cannot be read; skip: another stands in
+    bad_image_limit: int = 100  # files that may be skipped in one process
     class_names: tuple[str, ...] = derived("DatasetParam.image_set")  # empty where no annotations lie on disk
 
 

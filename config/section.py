@@ -71,7 +71,7 @@ def assign(section: Section, name: str, value: Any, place: str) -> None:
         value = convert(value, field_types(cls)[name])
     except TypeError:
         expected = describe(field_types(cls)[name]) + _example(cls.__dataclass_fields__[name])
-        raise ValueError(f"{place}: expected {expected}; got {value!r}") from None
+        raise ValueError(f"{place}: expected {expected}; got {value!r:.200}") from None
     object.__setattr__(section, name, value)
 
 

@@ -4,17 +4,19 @@
     checkpoint-0003.state.safetensors      the optimizer's momentum at that point
     checkpoint-step00001234.safetensors    the same pair in the middle of an epoch
 
-Files appear whole or not at all. The weights of every epoch stay; of the states only the newest, and weights
-of the middle of an epoch only until a later pair is complete.
+Files appear whole or not at all. The weights of every epoch stay, or of the last few; of the states only the
+newest, and weights of the middle of an epoch only until a later pair is complete.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -22,10 +24,11 @@ from torch import Tensor
 
 from core.atomic_file import atomic_file, temporary_path
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 METADATA_KEY = "necklace"
 WEIGHTS_SUFFIX = ".safetensors"
 STATE_SUFFIX = ".state.safetensors"
+EPOCH_WEIGHTS = r"checkpoint-(\d{4,})\.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,15 @@ class Progress:
     seed: int
     experiment: str
     iter_per_epoch: int = 0  # updates in an epoch; 0: not known
+    num_sample: int = 0  # samples in an epoch
+    sample: int = 0  # samples of the unfinished epoch that were taken
+    portrait: int = 0  # how many of them were portrait, where batches hold one orientation
     class_names: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> tuple[int, int, int]:
+        """How far that is: more, the later. Steps alone do not tell where a resume changed the images of a step."""
+        return self.epoch, self.sample, self.step
 
     def to_metadata(self) -> dict[str, str]:
         """As safetensors metadata. One entry, because the library writes several in random order."""
@@ -55,12 +66,36 @@ class Progress:
                 f"{path} is not a checkpoint of this program: its metadata has no entry {METADATA_KEY}. "
                 "Backbone weights are given by ModelParam.pretrain.prefix instead"
             )
-        fields = json.loads(metadata[METADATA_KEY])
-        version = fields.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path} has checkpoint format {version}, this program reads {FORMAT_VERSION}")
-        fields["class_names"] = tuple(fields["class_names"])
-        return cls(**fields)
+        try:
+            stored = json.loads(metadata[METADATA_KEY])
+        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested without end
+            raise ValueError(f"{path} is damaged: its metadata is not JSON ({error})") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"{path} is damaged: its metadata is a {type(stored).__name__}, not an object")
+        version = stored.pop("format_version", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"{path} has checkpoint format {version!r:.40}, this program reads {FORMAT_VERSION}")
+        kinds = {entry.name: type(entry.default) for entry in fields(cls)} | _REQUIRED
+        for name, kind in kinds.items():
+            if name not in stored or not _is_kind(stored[name], kind):
+                raise ValueError(
+                    f"{path} is damaged: its metadata has {name} {stored.get(name)!r:.80}, expected {_KINDS[kind]}"
+                )
+        if unknown := stored.keys() - kinds.keys():
+            raise ValueError(f"{path} is damaged: its metadata has {sorted(unknown)!r:.80}, which no checkpoint has")
+        return cls(**stored | {"class_names": tuple(stored["class_names"])})
+
+
+_REQUIRED: dict[str, type] = {"epoch": int, "step": int, "seed": int, "experiment": str}
+_KINDS = {int: "a number of 0 or more", str: "a text", tuple: "a list of texts"}
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    return type(value) is kind
 
 
 @dataclass(frozen=True)
@@ -92,6 +127,7 @@ def save_checkpoint(
     weights: Mapping[str, Tensor],
     state: Mapping[str, Tensor],
     progress: Progress,
+    keep: int = 0,
 ) -> Checkpoint:
     """Write a pair, then remove what it replaces.
 
@@ -99,6 +135,7 @@ def save_checkpoint(
         stem: `epoch_stem(...)` or `step_stem(...)`.
         weights: parameters and auxiliary states by name, on any device.
         state: the optimizer's `state_dict()`.
+        keep: epochs whose weights stay, the last ones; 0: all.
 
     Raises:
         OSError: the disk is full, read only, ...; earlier checkpoints are untouched and the message names the
@@ -116,7 +153,7 @@ def save_checkpoint(
             pair.state.unlink()
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *state.values()))
         raise OSError(error.errno, _write_failure(pair, needed, error)) from error
-    _prune(pair)
+    _prune(pair, keep)
     return pair
 
 
@@ -137,7 +174,8 @@ def _write_failure(pair: Checkpoint, needed: int, error: OSError) -> str:
     return message + " Make room or make the folder writable, then go on with --resume."
 
 
-def _prune(newest: Checkpoint) -> None:
+def _prune(newest: Checkpoint, keep: int) -> None:
+    """Only called when `newest` is complete and synced: until then the pair before it stays."""
     folder = newest.weights.parent
     for path in folder.glob(f"checkpoint-*{STATE_SUFFIX}"):
         if path != newest.state:
@@ -145,8 +183,18 @@ def _prune(newest: Checkpoint) -> None:
     for path in folder.glob(f"checkpoint-step*{WEIGHTS_SUFFIX}"):
         if path not in (newest.weights, newest.state):
             path.unlink(missing_ok=True)
+    if keep:
+        for path in _epoch_weights(folder, newest.progress.epoch)[:-keep]:
+            path.unlink(missing_ok=True)
     for path in folder.glob(temporary_path(folder / "checkpoint-*").name):  # of a process that was killed
         path.unlink(missing_ok=True)
+
+
+def _epoch_weights(folder: Path, last: int) -> list[Path]:
+    """Weights of the epochs up to `last`, oldest first, found by name: a damaged file shall not stop a run."""
+    names = ((re.fullmatch(EPOCH_WEIGHTS, path.name), path) for path in folder.iterdir())
+    epochs = sorted((int(match[1]), path) for match, path in names if match)
+    return [path for epoch, path in epochs if epoch <= last]
 
 
 def latest(folder: str | Path) -> Checkpoint | None:
@@ -190,7 +238,7 @@ def find_weights(folder: str | Path, epoch: int | None = None) -> Path:
 def _weights_files(folder: Path) -> list[Path]:
     """Every weights file, oldest first."""
     files = [p for p in folder.glob(f"checkpoint-*{WEIGHTS_SUFFIX}") if not p.name.endswith(STATE_SUFFIX)]
-    return sorted(files, key=lambda path: _read_progress(path).step)
+    return sorted(files, key=lambda path: _read_progress(path).reached)
 
 
 def _pairs(folder: Path) -> list[Checkpoint]:
@@ -202,7 +250,7 @@ def _pairs(folder: Path) -> list[Checkpoint]:
             progress = _read_progress(weights)
             if _read_progress(state) == progress:
                 pairs.append(Checkpoint(weights, state, progress))
-    return sorted(pairs, key=lambda pair: pair.progress.step)
+    return sorted(pairs, key=lambda pair: pair.progress.reached)
 
 
 def _read_progress(path: Path) -> Progress:
@@ -228,7 +276,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         ValueError: the file is damaged.
     """
     with _open(Path(path)) as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        try:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:  # shapes, numbers and types that torch cannot make a tensor of
+            raise ValueError(_damaged(Path(path), error)) from error
 
 
 def _open(path: Path) -> safetensors.safe_open:
@@ -236,10 +287,14 @@ def _open(path: Path) -> safetensors.safe_open:
         raise FileNotFoundError(f"no file {path}: give the path of a .safetensors file")
     try:
         return safetensors.safe_open(path, framework="pt")
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or not a safetensors file ({error}): get it again, or use an earlier checkpoint"
-        ) from error
+    except (safetensors.SafetensorError, OverflowError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return (
+        f"{path} is damaged or not a safetensors file ({str(error)[:200]}): get it again, or use an earlier checkpoint"
+    )
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from core.image_set import checked_categories, read_json
+from core.image_set import checked_categories, is_unicode, read_json
 
 Columns = dict[str, np.ndarray]
 
 _ANNOTATION_KEYS = frozenset({"id", "image_id", "category_id", "bbox"})
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
 _SHOWN = 5  # offenders that an error names
+_SHOWN_TEXT = 200  # characters of each
 
 
 def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
@@ -92,8 +93,8 @@ class _Annotations:
         except (TypeError, OverflowError):
             shown = {key: item[key] for key in (*sorted(_ANNOTATION_KEYS), "area", "iscrowd") if key in item}
             raise ValueError(
-                f"{self.path}: annotation {shown}: expected integer ids, iscrowd 0 or 1, a numeric area and a bbox of "
-                f"four numbers [x, y, width, height]"
+                f"{self.path}: annotation {str(shown)[:_SHOWN_TEXT]}: expected integer ids, iscrowd 0 or 1, a numeric "
+                f"area and a bbox of four numbers [x, y, width, height]"
             ) from None
         return None
 
@@ -105,7 +106,7 @@ def _checked_images(images: Any, path: str) -> list[dict[str, Any]]:
         keys = image.keys() if isinstance(image, dict) else ()
         missing = [key for key in _IMAGE_KEYS if key not in keys]
         if missing:
-            raise ValueError(f"{path}: images[{i}] has no {', '.join(map(repr, missing))}: {image}")
+            raise ValueError(f"{path}: images[{i}] has no {', '.join(map(repr, missing))}: {str(image)[:_SHOWN_TEXT]}")
         numbers = [image[key] for key in ("id", "height", "width")]
         sides_fit = (
             all(type(x) is int for x in numbers) and abs(numbers[0]) < 2**63 and all(0 < x < 2**31 for x in numbers[1:])
@@ -113,9 +114,20 @@ def _checked_images(images: Any, path: str) -> list[dict[str, Any]]:
         if not sides_fit or not isinstance(image["file_name"], str) or not image["file_name"]:
             raise ValueError(
                 f"{path}: images[{i}]: expected an integer id, a file name, and height and width as positive "
-                f"integers, got {image}"
+                f"integers, got {str(image)[:_SHOWN_TEXT]}"
+            )
+        if not _stays_below(image["file_name"]):
+            raise ValueError(
+                f"{path}: images[{i}]: file name {image['file_name'][:_SHOWN_TEXT]!r} is no path below the image "
+                f"folder; expected such as '000000000139.jpg', without '..' and not absolute"
             )
     return images
+
+
+def _stays_below(file_name: str) -> bool:
+    """A json from elsewhere must not make us read files from outside of the image folder."""
+    is_inside = not file_name.startswith("/") and ".." not in file_name.split("/")
+    return is_inside and "\0" not in file_name and "\\" not in file_name and is_unicode(file_name)
 
 
 def _check_all_taken(annotations: Any, num_taken: int, path: str) -> None:
@@ -125,7 +137,7 @@ def _check_all_taken(annotations: Any, num_taken: int, path: str) -> None:
     for i, item in enumerate(annotations):
         if item is not None:
             missing = sorted(_ANNOTATION_KEYS - item.keys()) if isinstance(item, dict) else "not an object"
-            raise ValueError(f"{path}: annotations[{i}] lacks {missing}: {str(item)[:200]}")
+            raise ValueError(f"{path}: annotations[{i}] lacks {missing}: {str(item)[:_SHOWN_TEXT]}")
     if num_taken != len(annotations):
         raise ValueError(
             f"{path}: {num_taken} objects have the keys of an annotation, but 'annotations' holds "
@@ -153,27 +165,27 @@ def _boxes(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes to train on, (M, 5) float32 in the order of the images, and their offsets, (N + 1,) int64."""
     path = annotations.path
-    ids = np.array(annotations.id, np.int64)
-    xywh = np.array(annotations.xywh, np.float64).reshape(-1, 4)  # (M, 4)
-    area = np.array(annotations.area, np.float64)
+    ids = np.frombuffer(annotations.id, np.int64)  # views: tens of millions of boxes shall not lie there twice
+    xywh = np.frombuffer(annotations.xywh, np.float64).reshape(-1, 4)  # (M, 4)
+    area = np.frombuffer(annotations.area, np.float64)
     _check_unique(ids, "annotations", path)
-    bad = ~np.isfinite(np.column_stack([xywh, area])).all(axis=1)
+    bad = ~(np.isfinite(xywh).all(axis=1) & np.isfinite(area))
     if bad.any():
         raise ValueError(
             f"{path}: annotation {_listed(ids[bad])}: bbox or area is NaN or infinite; correct or remove them"
         )
     order = np.argsort(image_id)
-    image = _positions(np.array(annotations.image_id, np.int64), image_id[order], ids, "image_id", path)
+    image = _positions(np.frombuffer(annotations.image_id, np.int64), image_id[order], ids, "image_id", path)
     image = order[image] if len(order) else image
-    category = np.array(annotations.category_id, np.int64)
+    category = np.frombuffer(annotations.category_id, np.int64)
     label = _positions(category, np.array(category_ids), ids, "category_id", path) + 1
     x, y, w, h = xywh.T
     x1, y1 = np.maximum(0, x), np.maximum(0, y)
     x2 = np.minimum(width[image] - 1, x1 + np.maximum(0, w - 1))
     y2 = np.minimum(height[image] - 1, y1 + np.maximum(0, h - 1))
     outside = (x + np.maximum(1, w) <= 0) | (y + np.maximum(1, h) <= 0) | (x2 < x1) | (y2 < y1)
-    keep = ~np.array(annotations.crowd, bool) & (area > 0) & ~outside
-    box = np.column_stack([x1, y1, x2, y2, label]).astype(np.float32)[keep]
+    keep = ~np.frombuffer(annotations.crowd, bool) & (area > 0) & ~outside
+    box = np.column_stack([column[keep].astype(np.float32) for column in (x1, y1, x2, y2, label)])
     image = image[keep]
     offset = np.concatenate([[0], np.cumsum(np.bincount(image, minlength=len(image_id)))])
     return box[np.argsort(image, kind="stable")], offset.astype(np.int64)

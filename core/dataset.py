@@ -20,6 +20,7 @@ class Failure:
     """A user's error on its way from a worker: torch would turn an exception into a page of traceback."""
 
     message: str
+    bad_image: str | None = None  # the image file, where that could not be read
 
 
 class DetectionDataset(Dataset[Any]):
@@ -76,7 +77,8 @@ class DetectionDataset(Dataset[Any]):
                 transform.apply(record)
         except (ValueError, OSError) as error:
             path = record["image_path"]
-            return Failure(str(error) if path in str(error) else f"{path}: {error}")
+            message = str(error) if path in str(error) else f"{path}: {error}"
+            return Failure(message, bad_image=None if "image" in record else path)
         except Exception as error:
             error.add_note(f"This happened while preparing {record['image_path']}.")
             raise

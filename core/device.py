@@ -11,21 +11,26 @@ import torch
 from torch import Tensor, nn
 
 
-def select_device(gpus: Sequence[int]) -> torch.device:
-    """KvstoreParam.gpus as a device; none means the CPU.
+def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
+    """The device of a process: of KvstoreParam.gpus that of its number on this machine; the CPU where there are none.
 
-    Raises ValueError for more GPUs than this machine has, and for more than one: a run uses one device.
+    Raises ValueError for GPUs that this machine does not have.
     """
     if not gpus:
         return torch.device("cpu")
     available = torch.cuda.device_count()
-    usable = "--gpus 0" if available else "--gpus cpu"
-    if len(gpus) > 1 or gpus[0] >= available:
+    if max(gpus) >= available:
+        usable = ",".join(map(str, range(available))) or "cpu"
         raise ValueError(
-            f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}, and a run uses "
-            f"one device: add {usable} (the learning rate follows the images per step)"
+            f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}: add "
+            f"--gpus {usable} (the learning rate follows the images per step)"
         )
-    return torch.device("cuda", gpus[0])
+    return torch.device("cuda", gpus[local_rank])
+
+
+def num_usable(gpus: Sequence[int], processes: int) -> int:
+    """How many processes may test at once: one for each GPU of the config that is here, or as many on the CPU."""
+    return sum(gpu < torch.cuda.device_count() for gpu in gpus) if gpus else processes
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

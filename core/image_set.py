@@ -102,17 +102,25 @@ def read_json(path: str, object_hook: Callable[[dict[str, Any]], Any] | None = N
     Raises ValueError, naming the file and position, where there is none.
     """
     try:
-        content = json.loads(Path(path).read_bytes(), object_hook=object_hook)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(_read_text(path), object_hook=object_hook)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path}: not valid JSON ({error}); the file may be truncated: fetch or write it again"
         ) from None
+    except ValueError as error:  # the hook's, or a number of thousands of digits
+        raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(
             f"{path}: expected a JSON object with images, annotations and categories, as in COCO's "
             f"instances_*.json, got a {type(content).__name__}"
         )
     return content
+
+
+def _read_text(path: str) -> str:
+    """As `json.loads` decodes bytes, which would stay in memory beside the text while it is parsed."""
+    content = Path(path).read_bytes()
+    return content.decode(json.detect_encoding(content), "surrogatepass")
 
 
 def checked_categories(categories: Any, path: str) -> list[tuple[int, str]]:
@@ -127,7 +135,8 @@ def checked_categories(categories: Any, path: str) -> list[tuple[int, str]]:
     for i, category in enumerate(categories):
         if not _is_category(category):
             raise ValueError(
-                f"{path}: categories[{i}] is {category!r}; expected an object with an integer 'id' and a text 'name'"
+                f"{path}: categories[{i}] is {category!r:.200}; expected an object with an integer 'id' and "
+                f"a text 'name'"
             )
         if category["id"] in pairs:
             raise ValueError(f"{path}: category id {category['id']} stands twice; ids must be unique")
@@ -136,7 +145,18 @@ def checked_categories(categories: Any, path: str) -> list[tuple[int, str]]:
 
 
 def _is_category(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("id")) is int and isinstance(value.get("name"), str)
+    if not isinstance(value, dict) or type(value.get("id")) is not int or not isinstance(value.get("name"), str):
+        return False
+    return abs(value["id"]) < 2**63 and is_unicode(value["name"])
+
+
+def is_unicode(text: str) -> bool:
+    """False for half of a surrogate pair, which JSON can write and no file name or terminal can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _missing(name: str, what: str, path: str) -> str:
@@ -159,6 +179,6 @@ def _scan_categories(path: str) -> list[Any] | None:
     text = tail.decode(errors="ignore").lstrip().removeprefix(":").lstrip()
     try:
         categories, _ = json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # cut off, or what the full parse refuses with its reason
         return None
     return categories if isinstance(categories, list) and all(map(_is_category, categories)) else None

@@ -3,6 +3,8 @@
 N images of a batch, M candidates and D detections of an image, C classes. Boxes are xyxy with inclusive corners.
 """
 
+# ruff: noqa: PT028 (test and test_image_set are not pytest's)
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,7 +28,8 @@ from core.experiment import experiment_folder
 from core.first_weights import shapes_of
 from core.image import read_image
 from core.image_set import ImageSet
-from core.loader import make_test_loader
+from core.loader import TestLoader, make_test_loader
+from core.world import ALONE, World
 from operator_cxx.nms import nms, soft_nms
 from symbol.passes import without_fp16
 
@@ -103,12 +107,26 @@ def _suppress(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, 
 
 
 def test_image_set(
-    config: Config, module: nn.Module, image_set: str | ImageSet, folder: Path, device: torch.device
-) -> TestResult:
-    """Detect in every image, write the result file into `folder`, and evaluate where there are annotations."""
-    loader = make_test_loader(config, image_set)
+    config: Config,
+    module: nn.Module,
+    image_set: str | ImageSet,
+    folder: Path,
+    device: torch.device,
+    rank: int = 0,
+    size: int = 1,
+) -> TestResult | None:
+    """Detect in every image, write the result file into `folder`, and evaluate where there are annotations.
+
+    Of `size` processes, torch.distributed's default group, each detects in its share of the images; the first one
+    collects, writes and evaluates what one process would have found, and the others get None.
+    """
+    loader = make_test_loader(config, image_set, rank, size)
     (index,) = loader.dataset.indexes
     detections = list(detect(config, module, loader, device))
+    if size > 1:
+        detections = gather_detections(loader, detections, device)
+    if rank > 0:
+        return None
     path = folder / result_name(index, str(config.General.name))
     write_result(path, coco_entries(detections, index.category_ids))
     annotation = config.TestParam.coco.annotation or index.image_set.annotation
@@ -116,16 +134,65 @@ def test_image_set(
     return TestResult(index, path, evaluate(annotation, path) if evaluated else None, detections)
 
 
+def gather_detections(loader: TestLoader, own: Sequence[Detections], device: torch.device) -> list[Detections]:
+    """The detections of all processes in the order of one process, in the first process; nothing in the others.
+
+    Tensors carry them, on `device`, where the default group communicates: no process loads a pickle of another one.
+    """
+    counts = torch.tensor([len(image.score) for image in own], dtype=torch.int64)
+    rows = np.concatenate([np.empty((0, 6)), *map(_rows, own)])
+    all_counts = _gather(counts, device)
+    all_rows = _gather(torch.from_numpy(rows), device)  # float64 holds every box, score and class exactly
+    if loader.rank > 0:
+        return []
+    gathered: dict[int, Detections] = {}
+    for rank, (rank_counts, rank_rows) in enumerate(zip(all_counts, all_rows, strict=True)):
+        for i, image_rows in zip(loader.places(rank), rank_rows.split(rank_counts.tolist()), strict=True):
+            gathered[i] = _from_rows(loader, i, image_rows.numpy())
+    return [gathered[i] for i in sorted(gathered)]
+
+
+def _rows(image: Detections) -> np.ndarray:
+    return np.column_stack([image.bbox, image.score, image.cls]).astype(np.float64)  # (D, 6)
+
+
+def _from_rows(loader: TestLoader, i: int, rows: np.ndarray) -> Detections:
+    record = loader.dataset.record(0, loader.sample_at(i))
+    bbox, score, cls = rows[:, :4].astype(np.float32), rows[:, 4].astype(np.float32), rows[:, 5].astype(np.int64)
+    return Detections(int(record["im_id"]), record["image_path"], bbox, score, cls)
+
+
+def _gather(own: Tensor, device: torch.device) -> list[Tensor]:
+    """Every process's tensor, in the order of the ranks. Their lengths may differ, so they travel padded."""
+    lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    lengths[dist.get_rank()] = len(own)
+    dist.all_reduce(lengths)
+    padded = own.new_zeros((int(lengths.max()), *own.shape[1:]), device=device)
+    padded[: len(own)] = own.to(device)
+    received = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(received, padded)
+    return [tensor[:length].cpu() for tensor, length in zip(received, lengths.tolist(), strict=True)]
+
+
 test_image_set.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 
 
-def test(config: Config, checkpoint: Path | None, epoch: int | None, num_draw: int) -> list[TestResult]:
+def test(
+    config: Config,
+    checkpoint: Path | None,
+    epoch: int | None,
+    num_draw: int,
+    world: World = ALONE,
+    device: torch.device | None = None,
+) -> list[TestResult]:
     """Test on every image set of the config and print what came of it; see `detection_test.py`.
 
     checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into the
-    experiment's folder. Raises FileNotFoundError and ValueError for weights or images that are missing or do not fit.
+    experiment's folder. Several processes, `world`, share the images, each on its own `device` (None: the config's
+    first one); the first process writes, prints and returns the results. Raises FileNotFoundError and ValueError for
+    weights or images that are missing or do not fit.
     """
-    device = select_device(config.KvstoreParam.gpus[:1])
+    device = device or select_device(config.KvstoreParam.gpus[:1])
     folder = experiment_folder(config)
     path = checkpoint or find_weights(folder, epoch)
     weights, progress = load_weights(path)
@@ -137,10 +204,13 @@ def test(config: Config, checkpoint: Path | None, epoch: int | None, num_draw: i
         )
     module = build_test_module(config, weights, device, path)
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
+    if world.is_first:
+        print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
     for image_set in config.DatasetParam.image_set:
-        tested = test_image_set(config, module, image_set, folder, device)
+        tested = test_image_set(config, module, image_set, folder, device, world.rank, world.size)
+        if tested is None:
+            continue
         print(f"wrote {tested.result}")
         if tested.evaluation is None:
             print(f"{tested.index.image_set.name} has no annotations: nothing to evaluate")

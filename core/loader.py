@@ -1,8 +1,10 @@
 """Batches of records. Which samples a batch holds, and what happens to them, follows from (seed, epoch,
-index) alone, so neither the number of worker processes nor a restart changes anything.
+index) alone, so neither the number of processes or workers nor a restart changes anything.
 
 N images of a batch, H x W the input's sides, G rows of gt_bbox. A batch is a dict: image (N, H, W, 3) uint8,
-im_info (N, 3) float32, gt_bbox (N, G, 5) float32, im_id (N,) int64, files (list of N paths).
+im_info (N, 3) float32, gt_bbox (N, G, 5) float32, im_id (N,) int64, files (list of N paths), skipped (list of
+(path, what is wrong) of image files that others stand in for, each file once). N is 0 where an epoch's last step
+has fewer images than there are processes.
 """
 
 from __future__ import annotations
@@ -18,45 +20,25 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from core.batch_reader import Batch, BatchReader, SkipBadImages, too_many
 from core.coco_index import open_index
-from core.dataset import DetectionDataset, Failure, Key
-from core.detection_input import Record
+from core.dataset import DetectionDataset, Failure
 from core.image_set import ImageSet, resolve
+from core.sample_order import Part, Position, epoch_batches, ordered_batches, part_of, spare_samples
 
 if TYPE_CHECKING:
     from config.schema import Config
 
-Batch = dict[str, Any]
-
-
-def epoch_batches(
-    seed: int, epoch: int, num_sample: int, batch: int, portrait: np.ndarray | None = None
-) -> list[np.ndarray]:
-    """The samples of each batch of a training epoch, every sample once, shuffled over the whole set.
-
-    With `portrait` (num_sample,) bool, a batch holds one orientation, and the order of the batches is
-    shuffled too. The last batch (of each orientation) may be smaller.
-    """
-    rng = np.random.default_rng((seed, epoch, 0))
-    order = rng.permutation(num_sample)
-    if portrait is None:
-        return _chunks(order, batch)
-    batches = _chunks(order[portrait[order]], batch) + _chunks(order[~portrait[order]], batch)
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def ordered_batches(num_sample: int, batch: int, portrait: np.ndarray | None = None) -> list[np.ndarray]:
-    """The samples of each batch, in order; with `portrait` (num_sample,) bool, portrait images come first."""
-    order = np.arange(num_sample)
-    if portrait is None:
-        return _chunks(order, batch)
-    return _chunks(order[portrait], batch) + _chunks(order[~portrait], batch)
-
 
 class TrainLoader:
-    """Training batches from step `start_step` up to `end_step` (None: without end), across epochs.
+    """The training batches of one of `size` processes, up to step `end_step` (None: without end), across epochs.
 
-    A start in the middle of an epoch gives exactly the batches that would have come.
+    A step takes `batch_image` images in each process; all processes together see every sample of an epoch once. It
+    starts at `start`, also in the middle of an epoch: with the images per step that were used before, it gives exactly
+    the batches that would have come; with another number of them, the rest of the epoch in batches of the new size.
+    Steps are counted so that an epoch ends at a multiple of `iter_per_epoch` in any case.
+
+    With a `bad_image_limit` other images stand in for those that cannot be read, for up to so many files.
     """
 
     def __init__(
@@ -66,53 +48,117 @@ class TrainLoader:
         batch_image: int,
         square: bool,
         num_worker: int,
-        start_step: int = 0,
+        rank: int = 0,
+        size: int = 1,
+        start: Position = Position(),  # noqa: B008 (it is immutable)
         end_step: int | None = None,
+        bad_image_limit: int | None = None,
     ) -> None:
+        assert 0 <= rank < size
         self.dataset = dataset
-        self.batch_image = batch_image
+        self.step_image = batch_image * size  # of all processes
         self.num_worker = num_worker
-        self.start_step = start_step
+        self.rank = rank
+        self.size = size
+        self.start = start
         self.end_step = end_step
         self._portrait = None if square else dataset.portrait
-        self.iter_per_epoch = len(self._batches(epoch=0))
+        self._skip = None if bad_image_limit is None else SkipBadImages(bad_image_limit, self._spares)
+        self.iter_per_epoch = len(self._batches(Position()))
 
     def __iter__(self) -> Iterator[Batch]:
-        return _read(self.dataset, self._keys(), self.num_worker)
+        return _read(BatchReader(self.dataset, self._skip), self._parts(), self.num_worker)
 
-    def _batches(self, epoch: int) -> list[np.ndarray]:
-        return epoch_batches(self.dataset.seed, epoch, len(self.dataset), self.batch_image, self._portrait)
+    @property
+    def start_step(self) -> int:
+        """The number of the first step: as many are left to the epoch's end as its remaining samples need."""
+        return (self.start.epoch + 1) * self.iter_per_epoch - len(self._batches(self.start))
 
-    def _keys(self) -> Iterator[list[Key]]:
+    @start_step.setter
+    def start_step(self, step: int) -> None:
+        self.start = Position(epoch=step // self.iter_per_epoch)
+        self.start = self.position_at(step)
+
+    def position_at(self, step: int) -> Position:
+        """Where step `step`, of those from `start` on, begins: what a checkpoint after `step` steps stores."""
+        epoch, inside = divmod(step, self.iter_per_epoch)
+        begin = self._begin(epoch)
+        batches = self._batches(begin)
+        taken = inside - (self.iter_per_epoch - len(batches))  # those before `start` are in `begin`
+        assert taken >= 0, f"step {step} comes before step {self.start_step}, the first one"
+        samples = np.concatenate([np.empty(0, np.int64), *batches[:taken]])
+        portrait = 0 if self._portrait is None else int(self._portrait[samples].sum())
+        return Position(epoch, begin.sample + len(samples), begin.portrait + portrait)
+
+    def _begin(self, epoch: int) -> Position:
+        return self.start if epoch == self.start.epoch else Position(epoch)
+
+    def _batches(self, begin: Position) -> list[np.ndarray]:
+        """The samples of each step of an epoch's rest."""
+        num_sample, done = len(self.dataset), (begin.sample, begin.portrait)
+        return epoch_batches(self.dataset.seed, begin.epoch, num_sample, self.step_image, self._portrait, done)
+
+    def _spares(self, epoch: int, sample: int) -> list[int]:
+        num_sample = len(self.dataset)
+        return spare_samples(self.dataset.seed, epoch, num_sample, self.step_image, self._portrait, sample)
+
+    def _parts(self) -> Iterator[Part]:
         step = self.start_step
-        for epoch in count(step // self.iter_per_epoch):
-            for samples in self._batches(epoch)[step % self.iter_per_epoch :]:
+        for epoch in count(self.start.epoch):
+            for samples in self._batches(self._begin(epoch)):
                 if step == self.end_step:
                     return
-                yield [(epoch, int(sample)) for sample in samples]
+                yield part_of(epoch, samples, self.rank, self.size)
                 step += 1
 
 
 class TestLoader:
-    """Every image once, in the image set's order; portrait images first where the input is not square."""
+    """Every image once, in the image set's order; portrait images first where the input is not square.
+
+    Of several processes each takes whole batches, by turns: an image is computed in the same batch, to the same bits,
+    however many there are.
+    """
 
     __test__ = False  # not pytest's
 
-    def __init__(self, dataset: DetectionDataset, *, batch_image: int, square: bool, num_worker: int) -> None:
+    def __init__(
+        self,
+        dataset: DetectionDataset,
+        *,
+        batch_image: int,
+        square: bool,
+        num_worker: int,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         self.dataset = dataset
         self.num_worker = num_worker
+        self.rank = rank
+        self.size = size
         self._batches = ordered_batches(len(dataset), batch_image, None if square else dataset.portrait)
+        self._order = np.concatenate(self._batches)
 
     def __len__(self) -> int:
-        return len(self._batches)
+        """Batches of this process."""
+        return len(self._batches[self.rank :: self.size])
 
     def __iter__(self) -> Iterator[Batch]:
-        keys = [[(0, int(sample)) for sample in samples] for samples in self._batches]
-        return _read(self.dataset, keys, self.num_worker)
+        parts = [part_of(0, samples, rank=0, size=1) for samples in self._batches[self.rank :: self.size]]
+        return _read(BatchReader(self.dataset), parts, self.num_worker)
+
+    def sample_at(self, place: int) -> int:
+        """The sample at a place of the order of one process."""
+        return int(self._order[place])
+
+    def places(self, rank: int) -> list[int]:
+        """The places, in the order of one process, of the images that process `rank` reads."""
+        starts = np.cumsum([0, *map(len, self._batches)])
+        turns = range(rank, len(self._batches), self.size)
+        return [place for turn in turns for place in range(starts[turn], starts[turn + 1])]
 
 
-def make_train_loader(config: Config) -> TrainLoader:
-    """The training batches of an experiment: General.batch_image images for each device and step.
+def make_train_loader(config: Config, rank: int = 0, size: int = 1) -> TrainLoader:
+    """The training batches of one of an experiment's processes: General.batch_image images a step.
 
     Raises what `open_index` and `DetectionDataset` raise.
     """
@@ -121,14 +167,18 @@ def make_train_loader(config: Config) -> TrainLoader:
     dataset = DetectionDataset(indexes, config.transform.sample, seed=config.General.seed, flip=data.flip)
     return TrainLoader(
         dataset,
-        batch_image=config.General.batch_image * max(1, len(config.KvstoreParam.gpus)),
+        batch_image=config.General.batch_image,
         square=config.ResizeParam.short == config.ResizeParam.long,
         num_worker=config.General.loader_worker,
+        rank=rank,
+        size=size,
+        bad_image_limit=data.bad_image_limit if data.bad_image == "skip" else None,
     )
 
 
-def make_test_loader(config: Config, image_set: str | ImageSet) -> TestLoader:
-    """All images of one image set, TestParam.batch_image at a time, by config.test_transform.
+def make_test_loader(config: Config, image_set: str | ImageSet, rank: int = 0, size: int = 1) -> TestLoader:
+    """All images of one image set, TestParam.batch_image at a time, by config.test_transform; of several processes
+    those of one. An image that cannot be read is an error: without it the AP would be another one.
 
     Raises what `open_index` and `DetectionDataset` raise.
     """
@@ -138,23 +188,32 @@ def make_test_loader(config: Config, image_set: str | ImageSet) -> TestLoader:
         batch_image=config.TestParam.batch_image,
         square=config.ResizeParam.short == config.ResizeParam.long,
         num_worker=config.General.loader_worker,
+        rank=rank,
+        size=size,
     )
 
 
-def _read(dataset: DetectionDataset, keys: Iterable[list[Key]], num_worker: int) -> Iterator[Batch]:
-    """Raises ValueError, naming the image file, for the first sample that could not be prepared."""
+def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Iterator[Batch]:
+    """Raises ValueError, naming the image file, for the first sample that could not be prepared, and where more image
+    files were skipped than may be."""
     loader = DataLoader(
-        dataset,
-        batch_sampler=keys,
-        collate_fn=_collate,
+        reader,
+        batch_size=None,  # the reader gives whole batches
+        sampler=parts,
+        collate_fn=_as_it_is,
         num_workers=min(num_worker, num_cpu()),  # torch warns of more than there are cores
         worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of its own: the workers' unused seeds shall not come from the model's
     )
+    told: dict[str, str] = {}  # a bad file comes again with the next epoch, and with its mirrored sample
     for batch in loader:
         if isinstance(batch, Failure):
             raise ValueError(batch.message)
+        batch["skipped"] = [(path, wrong) for path, wrong in batch["skipped"] if path not in told]
+        told.update(batch["skipped"])
+        if reader.skip is not None and len(told) > reader.skip.limit:
+            raise ValueError(too_many(told, reader.skip.limit))
         yield batch
 
 
@@ -171,24 +230,5 @@ def _init_worker(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _collate(records: list[Record | Failure]) -> Batch | Failure:
-    done: list[Record] = []
-    for record in records:
-        if isinstance(record, Failure):
-            return record
-        done.append(record)
-    batch: Batch = {"files": [record["image_path"] for record in done]}
-    for name, value in done[0].items():
-        if isinstance(value, np.ndarray):
-            shapes = {record[name].shape for record in done}
-            if len(shapes) > 1:
-                return Failure(
-                    f"{', '.join(batch['files'])}: {name!r} has the shapes {sorted(shapes)} in one batch; "
-                    f"the last sample transform should be Pad2DImageBbox"
-                )
-            batch[name] = torch.from_numpy(np.stack([record[name] for record in done]))
+def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
-    return [order[i : i + size] for i in range(0, len(order), size)]

@@ -5,8 +5,8 @@ torchvision's (and timm's plain) ResNets have the stride on the 3x3 convolution,
 
 from __future__ import annotations
 
-import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from core.checkpoint import check_fit, read_tensors
 
 DEFAULT_PREFIX = "pretrain_model/resnet{depth}_v1b"
 SUFFIXES = (".safetensors", ".pth")
+_HARMLESS_CLAIM = 2**30  # bytes; ResNet-152 has a quarter of them
 
 _OURS = re.compile(r"(conv0|bn0|stage\d+_unit\d+)_")
-_UNIT = re.compile(r"layer(\d+)\.(\d+)\.(conv\d|bn\d|downsample\.0|downsample\.1)$")
+_UNIT = re.compile(r"layer(\d{1,3})\.(\d{1,3})\.(conv\d|bn\d|downsample\.0|downsample\.1)$")
 _IGNORED = re.compile(r"fc\.|.*\.num_batches_tracked$")  # the classifier, and a counter that MXNet does not have
 _NORM_FIELD = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
 _DEPTH_OF_UNITS: dict[tuple[bool, tuple[int, ...]], int] = {
@@ -123,7 +124,7 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], int]:
     if unknown or not tensors:
         raise ValueError(
             f"{path} is not a ResNet in torchvision's layout (conv1.weight, layer1.0.conv1.weight, ...): it "
-            f"holds {', '.join((unknown or list(stored))[:4])}. Plain ResNets fit (timm/resnet50.tv_in1k); "
+            f"holds {', '.join((unknown or list(stored))[:4]):.200}. Plain ResNets fit (timm/resnet50.tv_in1k); "
             "ResNet-C, -D and -X do not"
         )
     return tensors, len(stored) - len(tensors)
@@ -149,12 +150,43 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}: set ModelParam.pretrain.prefix")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                _require_claim(path, sum(entry.file_size for entry in archive.infolist()))
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _ClaimError:
+        raise
+    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
         raise ValueError(
             f"{path} is damaged, or holds more than tensors (code in a pickled file is never run). Save a "
             "plain state dict: torch.save(model.state_dict(), ...)"
         ) from error
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
+    if not isinstance(stored, dict) or not all(map(_is_plain, stored.keys(), stored.values())):
         raise ValueError(f"{path} must hold a plain state dict, names to tensors: torch.save(model.state_dict(), ...)")
+    _require_claim(path, sum(tensor.numel() * tensor.element_size() for tensor in stored.values()))
     return stored
+
+
+class _ClaimError(ValueError):
+    """A file that claims more than it holds."""
+
+
+def _require_claim(path: Path, claimed: int) -> None:
+    """What is unpacked or copied must lie in the file: a packed one, or a view of one number, can claim terabytes."""
+    size = path.stat().st_size
+    if claimed > max(size, _HARMLESS_CLAIM):
+        raise _ClaimError(
+            f"{path} is damaged: its tensors claim {claimed} bytes, the file has {size}. Save a plain state dict: "
+            "torch.save(model.state_dict(), ...)"
+        )
+
+
+def _is_plain(name: object, value: object) -> bool:
+    """A name, and a tensor of real numbers in memory: not sparse, quantised, complex or without data."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not (value.is_quantized or value.is_complex() or value.is_nested)
+    )

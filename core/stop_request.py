@@ -10,13 +10,22 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which the first signal sets `requested`; the second one ends the program at once."""
+    """A context in which the first signal sets `requested`; the second one ends the program at once.
 
-    def __init__(self) -> None:
+    In a process that a launcher started, the launcher answers Ctrl-C, which reaches every process of a terminal, and
+    passes it on as SIGTERM: Ctrl-C is ignored, and SIGTERM is a wish however often it comes.
+    """
+
+    def __init__(self, launched: bool = False) -> None:
         self.requested = False
+        self.launched = launched
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        if self.launched:
+            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
+            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
+            return self
         self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 
@@ -25,7 +34,8 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        if not self.launched:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -80,6 +80,31 @@ class TrainLog:
         self.restart_clock()
 
 
+class NoLog:
+    """In a TrainLog's place, in processes that do not write it."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def waited(self, seconds: float) -> None:
+        pass
+
+    def restart_clock(self) -> None:
+        pass
+
+    def info(self, text: str) -> None:
+        pass
+
+    def event(self, name: str, **values: Any) -> None:
+        pass
+
+    def steps(self, step: int, num_image: int, values: dict[str, float]) -> None:
+        pass
+
+
 _FORMATS = {"lr": ".5f", "grad_norm": ".2f", "memory_mib": ".0f", "img_per_s": ".1f", "data_wait": ".0%"}
 
 

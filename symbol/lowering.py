@@ -18,11 +18,12 @@ from symbol.initializer import first_value
 from symbol.op_table import Shape, find_op
 from symbol.passes import hoist_bbox_norm
 from symbol.shape import propagate
+from symbol.sync_batch_norm import sync_batch_norm
 
 LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "Convolution": torch_ops.convolution,
     "BatchNorm": torch_ops.batch_norm,
-    "_contrib_SyncBatchNorm": torch_ops.batch_norm,
+    "_contrib_SyncBatchNorm": sync_batch_norm,
     "Activation": torch_ops.activation,
     "Pooling": torch_ops.pooling,
     "UpSampling": torch_ops.up_sampling,

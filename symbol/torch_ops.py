@@ -53,10 +53,13 @@ def batch_norm(
     use_global_stats: bool,
     **_: Any,
 ) -> Tensor:
-    """Ioffe and Szegedy 2015. The moving variance takes the biased batch variance, as MXNet on a CPU does."""
+    """Ioffe and Szegedy 2015. The moving variance takes the biased batch variance, as MXNet on a CPU does.
+
+    A batch of no images has no statistics: the moving ones stay as they are.
+    """
     if fix_gamma:
         gamma = torch.ones_like(gamma)
-    if not training or use_global_stats:
+    if not training or use_global_stats or data.shape[0] == 0:
         return F.batch_norm(data, moving_mean, moving_var, gamma, beta, False, 0.0, eps)
     out, mean, inverse_std = torch.native_batch_norm(data, gamma, beta, None, None, True, 0.0, eps)
     with torch.no_grad():
@@ -153,7 +156,7 @@ def make_loss(data: Tensor, *, grad_scale: float, normalization: str, valid_thre
     """() from any shape: the sum, whose gradient is grad_scale everywhere."""
     total = data.sum() * grad_scale
     if normalization == "batch":
-        return total / data.shape[0]
+        return total / max(1, data.shape[0])
     if normalization == "valid":
         return total / (data > valid_thresh).sum().clamp(min=1)
     return total

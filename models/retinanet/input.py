@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from operator_cxx.anchor import base_anchors, grid_anchors
@@ -134,7 +135,7 @@ class PyramidAnchorTarget2D:
 
 
 class AverageFgCount:
-    """Replaces the foreground counts (N,) of images by what every device divides its losses by, N times.
+    """Replaces the foreground counts (N,) of images by what every device divides its losses by, N times, at least once.
 
     That is the mean over the devices of a device's total, at least 1.
     """
@@ -145,12 +146,17 @@ class AverageFgCount:
     def apply(self, record: Record) -> None:
         count = record[self.name]
         mean = _mean_over_devices(count.sum())
-        record[self.name] = mean.clamp(min=1).expand_as(count).clone()
+        # a process without images divides by it too
+        record[self.name] = mean.clamp(min=1).expand(max(1, len(count))).clone()
 
 
 def _mean_over_devices(total: Tensor) -> Tensor:
-    """The mean over all devices of the scalar that each holds: with one device, that scalar."""
-    return total
+    """The mean over all processes of the scalar that each holds: of one process, that scalar."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return total
+    total = total.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
 
 
 def _is_channel_last(image: Tensor) -> bool:

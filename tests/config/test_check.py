@@ -40,6 +40,7 @@ def test_the_recipe_passes() -> None:
         (["KvstoreParam.gpus=-1"], "KvstoreParam.gpus: expected different device numbers"),
         (["DatasetParam.image_set="], "DatasetParam.image_set: expected one or more different image sets"),
         (["DatasetParam.image_set=coco_a,coco_a"], "expected one or more different image sets"),
+        (["DatasetParam.bad_image_limit=0"], "DatasetParam.bad_image_limit: expected at least 1, got 0"),
         (
             ["TestParam.eval_epoch=1"],
             "nothing to evaluate on; name images, such as TestParam.eval_image_set=",

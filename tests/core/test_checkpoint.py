@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint import (
+    FORMAT_VERSION,
     Checkpoint,
     Progress,
     check_fit,
@@ -46,11 +48,11 @@ def make_progress(epoch: int, step: int) -> Progress:
     return Progress(epoch=epoch, step=step, seed=7, experiment="demo", class_names=("café", 'a "b"'))
 
 
-def save(folder: Path, epoch: int, *, step: int | None = None) -> Checkpoint:
+def save(folder: Path, epoch: int, *, step: int | None = None, keep: int = 0) -> Checkpoint:
     """After `epoch` epochs of 10 steps; `step`: in the middle of the next one."""
     stem = epoch_stem(epoch) if step is None else step_stem(step)
     progress = make_progress(epoch, 10 * epoch if step is None else step)
-    return save_checkpoint(folder, stem, make_weights(progress.step), make_state(progress.step), progress)
+    return save_checkpoint(folder, stem, make_weights(progress.step), make_state(progress.step), progress, keep)
 
 
 def names(folder: Path) -> list[str]:
@@ -121,6 +123,40 @@ def test_weights_of_the_middle_of_an_epoch_go_when_a_later_pair_is_complete(tmp_
     ]
 
 
+def test_the_last_epochs_weights_stay(tmp_path: Path) -> None:
+    def epochs() -> list[str]:
+        return [name.removeprefix("checkpoint-").removesuffix(".safetensors") for name in names(tmp_path)]
+
+    for epoch in (1, 2, 3):
+        save(tmp_path, epoch)
+    save(tmp_path, 4, keep=3)
+    assert epochs() == ["0002", "0003", "0004", "0004.state"]
+    save(tmp_path, 4, step=45, keep=2)  # no epoch's weights, and none is lost for it
+    assert epochs() == ["0003", "0004", "step00000045", "step00000045.state"]
+    save(tmp_path, 9999, keep=2)
+    save(tmp_path, 10000, keep=2)  # sorts before 9999 as a text
+    assert epochs() == ["10000", "10000.state", "9999"]
+    save(tmp_path, 10001, keep=1)
+    assert_whole(latest(tmp_path), 100010)
+    assert epochs() == ["10001", "10001.state"]
+
+
+def test_what_is_no_checkpoint_is_never_removed(tmp_path: Path) -> None:
+    others = ["best.safetensors", "checkpoint-0001.safetensors.bak", "checkpoint-best.safetensors", "log.txt"]
+    for name in others:
+        (tmp_path / name).write_text("")
+    save(tmp_path, 1)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == sorted([*others, "checkpoint-0002.safetensors", "checkpoint-0002.state.safetensors"])
+
+
+def test_a_damaged_older_file_does_not_stop_a_run(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-0001.safetensors").write_text("")
+    save(tmp_path, 2, keep=2)
+    save(tmp_path, 3, keep=2)
+    assert_whole(latest(tmp_path), 30)
+
+
 def test_newest_is_by_step_not_by_name(tmp_path: Path) -> None:
     save(tmp_path, 9999)
     save(tmp_path, 10000)  # "checkpoint-10000" sorts before "checkpoint-9999"
@@ -130,7 +166,7 @@ def test_newest_is_by_step_not_by_name(tmp_path: Path) -> None:
 
 def test_the_newest_of_two_pairs_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pairs lie there when the process is killed before it removes the older."""
-    monkeypatch.setattr("core.checkpoint._prune", lambda newest: None)
+    monkeypatch.setattr("core.checkpoint._prune", lambda newest, keep: None)
     save(tmp_path, 2)
     save(tmp_path, 1, step=15)
     save(tmp_path, 10)
@@ -294,9 +330,11 @@ def test_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    metadata = {"necklace": '{"format_version": 2}'}
+    metadata = {"necklace": json.dumps({"format_version": FORMAT_VERSION + 1})}
     safetensors.torch.save_file(make_weights(0), tmp_path / "checkpoint-0001.safetensors", metadata)
-    with pytest.raises(ValueError, match="has checkpoint format 2, this program reads 1"):
+    with pytest.raises(
+        ValueError, match=f"has checkpoint format {FORMAT_VERSION + 1}, this program reads {FORMAT_VERSION}"
+    ):
         find_weights(tmp_path)
 
 

@@ -149,14 +149,38 @@ def test_a_finished_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
-def test_resume_refuses_another_batch_size_and_another_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_another_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         run()
-    with pytest.raises(ValueError, match="now an epoch has 9 steps"):
-        run("General.batch_image=2", resume=True)
     with pytest.raises(ValueError, match="the seed is 5"):
         run("General.seed=5", resume=True)
+
+
+def test_resume_with_other_images_a_step_ends_the_epoch_with_those_left(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 18 samples: 2 steps of 4, then 5 of 2, and epochs 2 and 3 of 9 steps
+    seen: list[str] = []
+    plain = Trainer.step
+
+    def recorded(self: Trainer, batch: dict[str, Any], number: int) -> Any:
+        seen.extend(batch["files"])
+        return plain(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detection_module.Trainer, "step", recorded)
+        stop_at(patch, 1)
+        run()
+    assert len(seen) == 8
+    monkeypatch.setattr(detection_module.Trainer, "step", recorded)
+    run("General.batch_image=2", resume=True)
+    assert len(seen) == 3 * 18
+    counts = {path: seen[:18].count(path) for path in seen}
+    assert list(counts.values()) == [2] * 9
+    newest = latest(tmp_path / "run")
+    assert newest is not None
+    assert (newest.progress.epoch, newest.progress.step) == (3, 27)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_images(run: Run, tmp_path: Path) -> None:

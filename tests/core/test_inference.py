@@ -8,6 +8,7 @@ import math
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,9 @@ from config.schema import Config
 from core.checkpoint import Progress, epoch_stem, save_checkpoint
 from core.inference import detect
 from core.inference import test as run_test
+from core.world import World
 from symbol import lower
+from tests.two_processes import run_in_processes
 from utils.make_demo_dataset import make_demo_dataset
 
 DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
@@ -115,6 +118,45 @@ def test_the_batch_size_changes_nothing(data_root: Path, tmp_path: Path) -> None
         assert one.im_id == four.im_id
         np.testing.assert_allclose(one.score, four.score, rtol=1e-4)
         np.testing.assert_allclose(one.bbox, four.bbox, atol=0.05)
+
+
+def test_in_process(rank: int, data_root: Path, folder: Path, size: int, overrides: list[str]) -> Any:
+    """One of several processes: its results, (im_id, path, bytes of the numbers) of each image, and what it printed."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        results = run_test(load(data_root, folder, *overrides), None, None, num_draw=0, world=World(rank, size))
+    images = [
+        (image.im_id, image.path, image.bbox.tobytes(), image.score.tobytes(), image.cls.tobytes())
+        for tested in results
+        for image in tested.detections
+    ]
+    return len(results), images, printed.getvalue()
+
+
+test_in_process.__test__ = False  # type: ignore[attr-defined]  # not pytest's
+
+
+@pytest.mark.parametrize(
+    "size, overrides",
+    [
+        (2, ["TestParam.batch_image=2"]),  # batches of 2 and 1 images for one process, of 2 for the other
+        (2, ["TestParam.batch_image=8"]),  # nothing for the other
+        (3, ["TestParam.batch_image=1", "TestParam.min_det_score=0.011"]),  # images with fewer detections, and none
+        (2, ["TestParam.batch_image=2", "ResizeParam.short=128", "ResizeParam.long=256"]),
+    ],
+)
+def test_processes_find_what_one_finds(data_root: Path, tmp_path: Path, size: int, overrides: list[str]) -> None:
+    config = load(data_root, tmp_path, *overrides)
+    save_untrained(config)
+    result = tmp_path / "run" / "demo_val_result.json"
+    one = test_in_process(0, data_root, tmp_path, 1, overrides)
+    alone = result.read_bytes()
+    result.unlink()
+    first, *others = run_in_processes(test_in_process, data_root, tmp_path, size, overrides, size=size)
+    assert result.read_bytes() == alone
+    assert first == one
+    assert len(first[1]) == 5
+    assert others == [(0, [], "")] * (size - 1)
 
 
 class FixedCandidates(nn.Module):

@@ -15,7 +15,8 @@ from core.coco_index import open_index
 from core.dataset import DetectionDataset
 from core.detection_input import Flip2DImageBbox, Pad2DImageBbox, ReadRoiRecord
 from core.image_set import ImageSet
-from core.loader import TrainLoader, epoch_batches, ordered_batches
+from core.loader import TrainLoader
+from core.sample_order import Position, epoch_batches, ordered_batches, spare_samples
 from models.NASFPN.input import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox
 
 WriteCoco = Callable[..., ImageSet]
@@ -34,15 +35,18 @@ def image_set(write_coco: WriteCoco) -> ImageSet:
     return write_coco(SIDES, BOXES)
 
 
-def train(image_set: ImageSet, num_worker: int = 0, long: int = 32, seed: int = 5, **steps: Any) -> TrainLoader:
+def train(
+    image_set: ImageSet, num_worker: int = 0, long: int = 32, seed: int = 5, batch_image: int = 3, **more: Any
+) -> TrainLoader:
     dataset = DetectionDataset([open_index(image_set)], transforms(32, long), seed=seed, flip=True)
-    return TrainLoader(dataset, batch_image=3, square=long == 32, num_worker=num_worker, **steps)
+    return TrainLoader(dataset, batch_image=batch_image, square=long == 32, num_worker=num_worker, **more)
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    tensors = [name for name in left if name != "files"]
+    tensors = [name for name in left if name not in ("files", "skipped")]
     equal = all(torch.equal(left[name], right[name]) for name in tensors)
-    return left.keys() == right.keys() and left["files"] == right["files"] and equal
+    lists = all(left[name] == right[name] for name in ("files", "skipped"))
+    return left.keys() == right.keys() and lists and equal
 
 
 def test_an_epoch_has_every_sample_once_in_an_order_of_its_own() -> None:
@@ -127,9 +131,99 @@ def test_a_restart_continues_with_the_batches_that_would_have_come(
 ) -> None:
     through = list(train(image_set, 0, long, end_step=15))
     for start in (4, 6, 13):  # within the first epoch, at the second's start, within the third
-        resumed = list(train(image_set, num_worker, long, start_step=start, end_step=15))
+        position = train(image_set, 0, long).position_at(start)
+        resumed = train(image_set, num_worker, long, start=position, end_step=15)
+        assert (resumed.start_step, resumed.position_at(start)) == (start, position)
         assert all(same(a, b) for a, b in zip(through[start:], resumed, strict=True))
     assert not same(through[0], through[6])
+
+
+def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batches of all processes as one."""
+    lists = {name: [item for part in parts for item in part[name]] for name in ("files", "skipped")}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in lists} | lists
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("long", [32, 64])
+def test_processes_share_the_batches_of_one_process(image_set: ImageSet, long: int, size: int) -> None:
+    # 16 samples by 3 a process: 3, 6, 9 or 24 a step, of which none divides 16, nor the 4 that are portrait
+    end_step = 2 * train(image_set, 0, long, batch_image=3 * size).iter_per_epoch
+    whole = list(train(image_set, 0, long, batch_image=3 * size, end_step=end_step))
+    ranks = [list(train(image_set, 0, long, rank=rank, size=size, end_step=end_step)) for rank in range(size)]
+    steps = [list(parts) for parts in zip(*ranks, strict=True)]
+    assert all(same(one, joined(parts)) for one, parts in zip(whole, steps, strict=True))
+    numbers = [[len(part["image"]) for part in parts] for parts in steps]
+    assert all(max(counts) - min(counts) <= 1 for counts in numbers)
+    shown = [int(i) for parts in steps for part in parts for i in part["im_id"]]
+    assert sorted(shown) == sorted([*range(100, 108)] * 4)  # two epochs, plain and mirrored
+
+
+@pytest.mark.parametrize("num_worker", [0, 1])
+def test_a_process_without_images_has_tensors_of_their_shapes(image_set: ImageSet, num_worker: int) -> None:
+    ranks = [list(train(image_set, num_worker, 64, rank=rank, size=8, end_step=2)) for rank in range(8)]
+    assert (
+        sorted(len(batch["image"]) for rank in ranks for batch in rank) == [0] * 4 + [1] * 8 + [2] * 4
+    )  # 4 portrait, 12 landscape samples
+    empty = [(i, batch) for rank in ranks for i, batch in enumerate(rank) if not len(batch["image"])]
+    for i, batch in empty:
+        full = ranks[0][i]
+        assert (batch["files"], batch["skipped"]) == ([], [])
+        for name in ("image", "im_info", "gt_bbox", "im_id"):
+            assert batch[name].dtype == full[name].dtype
+            assert batch[name].shape == (0, *full[name].shape[1:])
+
+
+def images_of(batches: TrainLoader) -> list[tuple[str, bytes]]:
+    """All that a loader shows, as it was cut out of its file."""
+    return [
+        (file, image.numpy().tobytes())
+        for batch in batches
+        for file, image in zip(batch["files"], batch["image"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("long", [32, 64])
+def test_an_epoch_goes_on_with_another_number_of_processes(image_set: ImageSet, long: int) -> None:
+    position = Position()
+    shown: list[tuple[str, bytes]] = []
+    for size, steps in ((1, 2), (2, 1), (1, 1), (3, None)):
+        ranks = [train(image_set, 0, long, rank=rank, size=size, start=position) for rank in range(size)]
+        first = ranks[0].start_step
+        end_step = ranks[0].iter_per_epoch if steps is None else first + steps
+        for rank in ranks:
+            rank.end_step = end_step
+            shown += images_of(rank)
+        position = ranks[0].position_at(end_step)
+        assert {rank.position_at(end_step) for rank in ranks} == {position}
+    through = images_of(train(image_set, 0, long, end_step=6))
+    assert sorted(shown) == sorted(through)
+    assert len(set(shown)) == 16
+    assert position == Position(epoch=1)
+
+
+def test_positions_count_samples_and_orientations(image_set: ImageSet) -> None:
+    square, oblong = train(image_set), train(image_set, 0, 64)
+    assert [tuple(square.position_at(step)) for step in (0, 1, 5, 6, 8)] == [
+        (0, 0, 0),
+        (0, 3, 0),
+        (0, 15, 0),
+        (1, 0, 0),
+        (1, 6, 0),
+    ]
+    portrait, taken = oblong.dataset.portrait, 0
+    for step, samples in enumerate(epoch_batches(5, 0, 16, 3, portrait)):
+        assert oblong.position_at(step).portrait == taken
+        taken += int(portrait[samples].sum())
+    assert taken == portrait.sum() == 4
+
+
+def test_a_start_in_another_step_size_ends_with_the_epoch(image_set: ImageSet) -> None:
+    resumed = train(image_set, start=Position(2, 5))  # 11 samples left: 4 steps of at most 3
+    assert resumed.start_step == 2 * 6 + 2
+    assert [len(batch["files"]) for batch in train(image_set, start=Position(2, 5), end_step=18)] == [3, 3, 3, 2]
+    resumed.start_step = 15
+    assert resumed.start == Position(2, 9)  # as without a start: 3 steps of 3
 
 
 def test_without_an_end_epochs_follow_each_other(image_set: ImageSet) -> None:
@@ -156,8 +250,9 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
     ordered = [ReadRoiRecord(), ResizeCrop2DImageBbox(resize), Pad2DImageBbox(pad)]
     return SimpleNamespace(
         General=SimpleNamespace(seed=0, batch_image=2, loader_worker=0),
-        KvstoreParam=SimpleNamespace(gpus=(0, 1)),
-        DatasetParam=SimpleNamespace(image_set=image_sets, data_root="data", flip=True),
+        DatasetParam=SimpleNamespace(
+            image_set=image_sets, data_root="data", flip=True, bad_image="stop", bad_image_limit=100
+        ),
         TestParam=SimpleNamespace(batch_image=2),
         ResizeParam=resize,
         transform=SimpleNamespace(sample=transforms(32, long)),
@@ -165,9 +260,11 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
     )
 
 
-def test_a_step_has_batch_image_images_for_each_device(image_set: ImageSet) -> None:
-    first = next(iter(loader.make_train_loader(config((image_set,)))))
-    assert len(first["image"]) == 4  # 2 on each of 2
+def test_a_process_has_batch_image_images_a_step(image_set: ImageSet) -> None:
+    alone = loader.make_train_loader(config((image_set,)))
+    first = loader.make_train_loader(config((image_set,)), rank=0, size=3)
+    assert (alone.iter_per_epoch, first.iter_per_epoch) == (8, 3)  # 16 samples by 2 and by 6
+    assert len(next(iter(alone))["image"]) == len(next(iter(first))["image"]) == 2
 
 
 def test_testing_shows_every_image_in_order(image_set: ImageSet) -> None:
@@ -243,6 +340,100 @@ def test_a_truncated_image_is_named_in_one_line(image_set: ImageSet, num_worker:
     with pytest.raises(ValueError, match=r"^cannot read image .*4\.png: .* truncated") as caught:
         list(batches)
     assert "\n" not in str(caught.value)
+
+
+def damage(image_set: ImageSet, name: str) -> str:
+    """Truncates an image file, or removes it if it is an odd one; its path."""
+    file = Path(image_set.image_dir) / name
+    if int(file.stem) % 2:
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:300])
+    return str(file)
+
+
+@pytest.mark.parametrize("num_worker", [0, 2])
+@pytest.mark.parametrize("long", [32, 64])
+def test_another_image_stands_in_for_one_that_cannot_be_read(image_set: ImageSet, num_worker: int, long: int) -> None:
+    whole = list(train(image_set, 0, long, end_step=12))
+    skipping = train(image_set, num_worker, long, end_step=12, bad_image_limit=2)
+    bad = {damage(image_set, "4.png"): "truncated", damage(image_set, "5.png"): "not found"}  # landscape and portrait
+    batches = list(skipping)
+    good = {file for batch in whole for file in batch["files"]} - bad.keys()
+    for before, now in zip(whole, batches, strict=True):
+        assert before["image"].shape == now["image"].shape  # as many, and of one orientation
+        for i, file in enumerate(before["files"]):
+            if file in bad:
+                assert now["files"][i] in good
+            else:
+                assert now["files"][i] == file
+                assert torch.equal(now["image"][i], before["image"][i])
+    skipped = [item for batch in batches for item in batch["skipped"]]
+    assert sorted(path for path, _ in skipped) == sorted(bad)  # once, though each comes four times
+    assert all(path in wrong and bad[path] in wrong for path, wrong in skipped)
+    for file in bad:  # at its first turn, or earlier as one that would have stood in
+        met = next(step for step, batch in enumerate(whole) if file in batch["files"])
+        told = next(step for step, batch in enumerate(batches) if file in dict(batch["skipped"]))
+        assert told <= met
+
+
+def test_what_stands_in_is_the_same_for_every_number_of_processes(image_set: ImageSet) -> None:
+    damage(image_set, "4.png")
+    whole = list(train(image_set, batch_image=6, end_step=6, bad_image_limit=9))
+    ranks = [list(train(image_set, rank=rank, size=2, end_step=6, bad_image_limit=9)) for rank in (0, 1)]
+    for one, *parts in zip(whole, *ranks, strict=True):
+        assert one["files"] == joined(parts)["files"]
+        assert torch.equal(one["image"], joined(parts)["image"])
+
+
+def test_stand_ins_of_one_step_differ() -> None:
+    for portrait in (None, np.arange(40) % 2 == 0):
+        for samples in epoch_batches(0, 0, 40, 4, portrait)[:4]:
+            spares = [spare_samples(0, 0, 40, 4, portrait, int(sample)) for sample in samples]
+            assert len({spare[0] for spare in spares} | set(samples.tolist())) == 8
+            for sample, spare in zip(samples, spares, strict=True):
+                others = set(range(40)) if portrait is None else set(np.flatnonzero(portrait == portrait[sample]))
+                assert sorted(spare) == sorted(others - {int(sample)})
+
+
+@pytest.mark.parametrize("num_worker", [0, 1])
+def test_more_bad_images_than_the_limit_stop_with_the_last_ones_named(image_set: ImageSet, num_worker: int) -> None:
+    batches = train(image_set, num_worker, bad_image_limit=3)
+    paths = [damage(image_set, f"{i}.png") for i in range(4)]
+    with pytest.raises(ValueError, match=r"bad_image_limit: 4 image files .* more than 3; the last: .*png") as caught:
+        list(batches)
+    assert sum(path in str(caught.value) for path in paths) == 3
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("limit, message", [(3, "bad_image_limit: 4 image files"), (50, "nothing is left to stand in")])
+def test_no_readable_image_is_an_error(image_set: ImageSet, limit: int, message: str) -> None:
+    batches = train(image_set, batch_image=1, bad_image_limit=limit)
+    for i in range(8):
+        damage(image_set, f"{i}.png")
+    with pytest.raises(ValueError, match=message):
+        next(iter(batches))
+
+
+def test_skipping_spares_no_other_error(image_set: ImageSet) -> None:
+    dataset = DetectionDataset([open_index(image_set)], [ReadRoiRecord(), Raise(ValueError("not so"))])
+    with pytest.raises(ValueError, match=r"^/.*\.png: not so$"):
+        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=0, end_step=1, bad_image_limit=9))
+
+
+def test_the_config_chooses_what_a_bad_image_does(image_set: ImageSet) -> None:
+    chosen = config((image_set,))
+    file = damage(image_set, "4.png")
+    stopping = loader.make_train_loader(chosen)
+    stopping.end_step = 8
+    with pytest.raises(ValueError, match=r"4\.png"):
+        list(stopping)
+    chosen.DatasetParam.bad_image = "skip"
+    skipping = loader.make_train_loader(chosen)
+    skipping.end_step = 8
+    assert [path for batch in skipping for path, _ in batch["skipped"]] == [file]
+    with pytest.raises(ValueError, match=r"4\.png"):
+        list(loader.make_test_loader(chosen, image_set))  # testing needs them all
 
 
 class Raise:

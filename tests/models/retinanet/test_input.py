@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models.retinanet.input import AverageFgCount, Norm2DImage, PyramidAnchorTarget2D
+from tests.two_processes import run_in_processes
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 MEAN, STD = (123.688, 116.779, 103.939), (58.393, 57.12, 57.375)
@@ -174,3 +175,31 @@ def test_average_fg_count_is_the_devices_total_and_at_least_one(count, expected)
     record = {"rpn_fg_count": torch.tensor(count)}
     AverageFgCount("rpn_fg_count").apply(record)
     assert record["rpn_fg_count"].tolist() == [expected, expected]
+
+
+def average_count(rank, counts):
+    before = torch.tensor(counts[rank])
+    record = {"rpn_fg_count": before}
+    AverageFgCount("rpn_fg_count").apply(record)
+    return before.tolist(), record["rpn_fg_count"].tolist()
+
+
+def test_average_fg_count_is_the_mean_over_the_processes():
+    # (3 + 4 + 4) / 2; a process without images gets it once
+    assert run_in_processes(average_count, ([3.0, 4.0], [4.0])) == [([3.0, 4.0], [5.5, 5.5]), ([4.0], [5.5])]
+    assert run_in_processes(average_count, ([3.0], [])) == [([3.0], [1.5]), ([], [1.5])]
+
+
+def test_a_batch_of_no_images_keeps_its_shapes():
+    size = (16, 8, 4, 2, 1)
+    param = anchor_param(size, size, (8, 16, 32, 64, 128), (4.0,), (1.0,))
+    record = {"image": torch.zeros(0, 3, 128, 128, dtype=torch.uint8), "gt_bbox": torch.zeros(0, 7, 5)}
+    record["im_info"] = torch.zeros(0, 3)
+    for transform in (Norm2DImage(SimpleNamespace(mean=MEAN, std=STD)), PyramidAnchorTarget2D(param)):
+        transform.apply(record)
+    AverageFgCount("rpn_fg_count").apply(record)
+    cells = sum(side * side for side in size)
+    shapes = {"image": (0, 3, 128, 128), "rpn_cls_label": (0, cells), "rpn_fg_count": (1,)}
+    shapes |= dict.fromkeys(("rpn_reg_target", "rpn_reg_weight"), (0, 4, cells))
+    assert {name: tuple(record[name].shape) for name in shapes} == shapes
+    assert record["image"].dtype == torch.float32

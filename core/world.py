@@ -1,0 +1,130 @@
+"""The processes that train together: torch's process group, and what a run asks of it.
+
+A process alone is a world of its own: it has no group, and everything here answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT_VARIABLE = "NECKLACE_TIMEOUT"
+
+
+class LostProcessError(RuntimeError):
+    """Another process died, or let this one wait for too long."""
+
+
+def launched_size() -> int | None:
+    """How many processes a launcher (core.launch, or torchrun) started together; None without one."""
+    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Does this process write the files and the log?"""
+        return self.rank == 0
+
+    def doing(self, what: str) -> None:
+        """Leave word of what this process is about to do, for the error of a process that waits for it."""
+        if self.size > 1:
+            _store().set(f"doing/{self.rank}", what)
+
+    def any(self, wish: bool) -> bool:
+        """Does any process wish it? All wait here for all."""
+        if self.size == 1:
+            return wish
+        flag = torch.tensor(float(wish))
+        with self.waiting():
+            dist.all_reduce(flag, dist.ReduceOp.MAX, group=_control_group())
+        return bool(flag)
+
+    def mean_(self, tensors: Sequence[Tensor], of_cpu: bool = False) -> None:
+        """Replace the tensors, of one type, by their means over the processes: on the training device, or `of_cpu`."""
+        if self.size == 1 or not tensors:
+            return
+        with self.waiting():
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            dist.all_reduce(flat, group=_control_group() if of_cpu else None)
+            flat /= self.size
+        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Communication that fails inside raises LostProcessError, with what every process was doing."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise LostProcessError(f"rank {self.rank}: {error}\n" + "\n".join(self._whereabouts())) from error
+
+    def _whereabouts(self) -> list[str]:
+        lines = []
+        for rank in range(self.size):
+            key = f"doing/{rank}"
+            known = _store().check([key])
+            lines.append(f"rank {rank} was last: {_store().get(key).decode() if known else 'starting'}")
+        return lines
+
+
+ALONE = World()
+
+
+@contextmanager
+def join(device: torch.device) -> Iterator[World]:
+    """The world that a launcher's environment variables describe, joined for the length of the context.
+
+    A process that does not come within NECKLACE_TIMEOUT seconds (600) is given up by the others.
+    """
+    size = launched_size()
+    if size is None or size == 1:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=_timeout())
+    try:
+        _control_group()
+        yield World(dist.get_rank(), dist.get_world_size())
+    finally:
+        _groups.clear()
+        dist.destroy_process_group()
+
+
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+def _control_group() -> dist.ProcessGroup | None:
+    """A group for numbers of the CPU: the default one, where that is gloo's."""
+    if dist.get_backend() == "gloo":
+        return None
+    if "control" not in _groups:
+        _groups["control"] = dist.new_group(backend="gloo", timeout=_timeout())
+    return _groups["control"]
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
+
+
+def _timeout() -> timedelta:
+    text = os.environ.get(TIMEOUT_VARIABLE, "600")
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"{TIMEOUT_VARIABLE}: expected seconds, got {text!r}")
+    return timedelta(seconds=int(text))
