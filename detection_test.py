@@ -31,18 +31,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.draw < 0:
         raise ValueError(f"--draw: expected 0 or more images, got {parsed.draw}")
     config = load_config(parsed.config, is_train=False, overrides=overrides(parsed))
-    from core.device import num_usable, select_device
+    from core.device import select_device, usable
     from core.inference import test
     from core.launch import launch
     from core.world import join, launched_size
 
     kvstore = config.KvstoreParam
-    num_process = num_usable(kvstore.gpus, kvstore.processes)
+    gpus = usable(kvstore.gpus) or kvstore.gpus  # a machine with fewer GPUs than the config names may test too
+    num_process = len(usable(gpus)) if gpus else kvstore.processes
     if launched_size() is None and num_process > 1:
         sys.exit(launch(__file__, list(sys.argv[1:] if arguments is None else arguments), num_process))
     epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
-    device = select_device(kvstore.gpus[: max(1, num_process)], int(os.environ.get("LOCAL_RANK", "0")))
+    device = select_device(gpus, int(os.environ.get("LOCAL_RANK", "0")))
     with join(device) as world:
         test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw, world=world, device=device)
 

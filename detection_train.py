@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from config.load import format_config, load_config
@@ -85,6 +86,7 @@ def run(program: Callable[[], None]) -> None:
         if not isinstance(error, LostProcessError):
             raise
         print(error, file=sys.stderr)
+        time.sleep(3)  # whoever broke off for a reason of its own shall be the first to end
         sys.exit(RETRY)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -53,7 +53,7 @@ class NormalizeParam(Section):
     type: Literal["localbn", "syncbn", "fixbn"] = "localbn"
     wd_mult: float = 0.0  # weight decay of gamma and beta, times OptimizeParam.optimizer.wd
     momentum: float = 0.9  # of the moving statistics; more where a level has few cells in a batch
-    normalizer: Callable[..., Symbol] = derived("NormalizeParam.type, wd_mult, momentum and KvstoreParam.gpus")
+    normalizer: Callable[..., Symbol] = derived("NormalizeParam.type, wd_mult, momentum and KvstoreParam.num_device")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -86,8 +86,7 @@ class Trainer:
             loss.backward()
             return
         self.average.begin()
-        with self.world.waiting():  # what another process breaks off shows here first
-            loss.backward()
+        loss.backward()
         self.average.finish()
         if self.config.NormalizeParam.type == "localbn":
             self.world.mean_(list(self.module.buffers()))
@@ -135,6 +134,8 @@ def _train(config: Config, config_text: str, resume: bool, device: torch.device,
     _check_evaluation(config)
     trainer, built = build_trainer(config, device, loader.iter_per_epoch, start, world)
     step = _first_step(start, loader)
+    weights = sum(p.detach().double().sum().item() for p in trainer.module.parameters())
+    world.require_equal({"first step": step, "samples an epoch": len(loader.dataset), "first weights": weights})
     loader.end_step = config.OptimizeParam.schedule.end_epoch * loader.iter_per_epoch
     notes, folder = [*library.notes, *built], experiment_folder(config)
     with ExitStack() as held:
@@ -153,7 +154,7 @@ def _run_steps(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog |
     config, world = trainer.config, trainer.world
     assert loader.end_step is not None
     pending: list[StepRecord] = []  # steps whose numbers the host has not read yet
-    with StopRequest(launched=world.size > 1) as stop:
+    with StopRequest(launched=launched_size() is not None) as stop:
         batches, saved_at = iter(loader), time.monotonic()
         stopping = False
         while step < loader.end_step and not stopping:
@@ -162,7 +163,8 @@ def _run_steps(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog |
             batch = to_device(next(batches), trainer.device)
             log.waited(time.perf_counter() - began)
             for path, reason in batch["skipped"]:
-                log.info(f"rank {world.rank} skipped {path}: {reason}")
+                told = log.info if world.is_first else print
+                told(f"rank {world.rank} skipped {path}: {reason}")
             world.doing(f"computing step {step} on {', '.join(batch['files']) or 'no image'}")
             pending.append(trainer.step(batch, step))
             step += 1
@@ -265,12 +267,16 @@ def _log_steps(log: TrainLog | NoLog, trainer: Trainer, pending: list[StepRecord
     scores = {}
     for metric, _ in trainer.metrics:
         name, score = metric.get()
-        scores[METRIC_KEYS.get(name, name)] = torch.tensor(score, dtype=torch.float64)
+        scores[METRIC_KEYS.get(name, name)] = score
         metric.reset()
     num_image = torch.tensor(float(sum(len(record.files) for record in pending)), dtype=torch.float64)
-    numbers = dict(zip([*names, "grad_norm"], values.mean(dim=0), strict=True)) | scores
-    trainer.world.mean_([*numbers.values(), num_image], of_cpu=True)
+    numbers = dict(zip([*names, "grad_norm"], values.mean(dim=0), strict=True))
+    # a process without foreground has no score: the mean is of those that have one
+    known = torch.tensor([[score, 1.0] if math.isfinite(score) else [0.0, 0.0] for score in scores.values()])
+    known = known.reshape(-1, 2).double()
+    trainer.world.mean_([*numbers.values(), num_image, known], of_cpu=True)
     means = {name: value.item() for name, value in numbers.items()}
+    means |= {name: (total / share).item() for name, (total, share) in zip(scores, known, strict=True)}
     memory = {"memory_mib": peak_memory(trainer.device) / MIB}
     log.steps(
         pending[-1].step + 1, round(num_image.item() * trainer.world.size), {"lr": pending[-1].lr} | means | memory

@@ -19,6 +19,11 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
     if not gpus:
         return torch.device("cpu")
     available = torch.cuda.device_count()
+    if local_rank >= len(gpus):
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU: the config names {','.join(map(str, gpus))}; start one "
+            "process for each, or name more with --gpus"
+        )
     if max(gpus) >= available:
         usable = ",".join(map(str, range(available))) or "cpu"
         raise ValueError(
@@ -28,9 +33,9 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
     return torch.device("cuda", gpus[local_rank])
 
 
-def num_usable(gpus: Sequence[int], processes: int) -> int:
-    """How many processes may test at once: one for each GPU of the config that is here, or as many on the CPU."""
-    return sum(gpu < torch.cuda.device_count() for gpu in gpus) if gpus else processes
+def usable(gpus: Sequence[int]) -> tuple[int, ...]:
+    """Those of the config's GPUs that this machine has."""
+    return tuple(gpu for gpu in gpus if gpu < torch.cuda.device_count())
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

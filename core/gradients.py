@@ -39,15 +39,14 @@ class GradientAverage:
 
     def finish(self) -> None:
         """After it: send what is left, wait, and set the means."""
-        with self.world.waiting():
-            while len(self._sent) < len(self._buckets):  # a parameter without a gradient holds its bucket back
-                self._send(len(self._sent))
-            for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
-                work.wait()
-                flat /= self.world.size
-                for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                    assert parameter.grad is not None
-                    parameter.grad.copy_(mean.view_as(parameter))
+        while len(self._sent) < len(self._buckets):  # a parameter without a gradient holds its bucket back
+            self._send(len(self._sent))
+        for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
+            work.wait()
+            flat /= self.world.size
+            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                assert parameter.grad is not None
+                parameter.grad.copy_(mean.view_as(parameter))
         self._sent = []
         self.active = False
 

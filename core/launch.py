@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
     Where one is killed, or stalls, all are stopped and started anew, with the arguments `again` too, MAX_RESTARTS
     times. An error that the script reports itself ends them all.
     """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step and write a checkpoint
     # processes share the cores: OpenMP would give each of them all
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cpu() // num_process)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its story of a failure is a page long
@@ -41,16 +43,18 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
         try:
             elastic_launch(config, sys.executable)("-u", script, *arguments, *added)
             return 0
-        except SignalException as signal:
-            return 128 + signal.sigval
+        except SignalException as error:
+            return 128 + error.sigval
         except ChildFailedError as error:
             status = {rank: failure.exitcode for rank, failure in error.failures.items()}
         reported = [code for code in status.values() if code > 0 and code != RETRY]
         if reported:
             return reported[0]
-        what = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in sorted(status.items()))
-        left = MAX_RESTARTS - attempt
-        print(f"{what}; {'starting all again from the newest checkpoint' if left else 'giving up'}", file=sys.stderr)
+        # the launcher itself ends the others with SIGTERM
+        first = {rank: code for rank, code in status.items() if code != -signal.SIGTERM} or status
+        what = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in sorted(first.items()))
+        next = "starting all again" + " from the newest checkpoint" * bool(again)
+        print(f"{what}; {next if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
     return 1
 
 

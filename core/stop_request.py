@@ -12,8 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopRequest:
     """A context in which the first signal sets `requested`; the second one ends the program at once.
 
-    In a process that a launcher started, the launcher answers Ctrl-C, which reaches every process of a terminal, and
-    passes it on as SIGTERM: Ctrl-C is ignored, and SIGTERM is a wish however often it comes.
+    In a process that a launcher started they come from the launcher, perhaps twice: a wish however often.
     """
 
     def __init__(self, launched: bool = False) -> None:
@@ -22,10 +21,6 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if self.launched:
-            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-            self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request)
-            return self
         self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
         return self
 

@@ -6,7 +6,8 @@ A process alone is a world of its own: it has no group, and everything here answ
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -49,32 +50,35 @@ class World:
         if self.size == 1:
             return wish
         flag = torch.tensor(float(wish))
-        with self.waiting():
-            dist.all_reduce(flag, dist.ReduceOp.MAX, group=_control_group())
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_control_group())
         return bool(flag)
+
+    def require_equal(self, values: Mapping[str, float]) -> None:
+        """Raise ValueError where processes differ in one of the values, all under the same names."""
+        if self.size == 1:
+            return
+        own = torch.tensor(list(values.values()), dtype=torch.float64)
+        bounds = torch.stack([own, -own])
+        dist.all_reduce(bounds, dist.ReduceOp.MAX, group=_control_group())
+        differ = [name for name, most, least in zip(values, *bounds.tolist(), strict=True) if most != -least]
+        if differ:
+            raise ValueError(
+                f"the processes differ in {', '.join(differ)}: give all machines the same files, and an output folder "
+                "that they share (General.output_root)"
+            )
 
     def mean_(self, tensors: Sequence[Tensor], of_cpu: bool = False) -> None:
         """Replace the tensors, of one type, by their means over the processes: on the training device, or `of_cpu`."""
         if self.size == 1 or not tensors:
             return
-        with self.waiting():
-            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-            dist.all_reduce(flat, group=_control_group() if of_cpu else None)
-            flat /= self.size
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat, group=_control_group() if of_cpu else None)
+        flat /= self.size
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Communication that fails inside raises LostProcessError, with what every process was doing."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.size == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise LostProcessError(f"rank {self.rank}: {error}\n" + "\n".join(self._whereabouts())) from error
-
-    def _whereabouts(self) -> list[str]:
+    def whereabouts(self) -> list[str]:
+        """What every process said that it was doing."""
         lines = []
         for rank in range(self.size):
             key = f"doing/{rank}"
@@ -90,7 +94,8 @@ ALONE = World()
 def join(device: torch.device) -> Iterator[World]:
     """The world that a launcher's environment variables describe, joined for the length of the context.
 
-    A process that does not come within NECKLACE_TIMEOUT seconds (600) is given up by the others.
+    A process that does not come within NECKLACE_TIMEOUT seconds (600) is given up by the others: communication that
+    fails inside raises LostProcessError, which says what every process was doing.
     """
     size = launched_size()
     if size is None or size == 1:
@@ -99,12 +104,22 @@ def join(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=_timeout())
+    _control_group()
+    world = World(dist.get_rank(), dist.get_world_size())
     try:
-        _control_group()
-        yield World(dist.get_rank(), dist.get_world_size())
-    finally:
-        _groups.clear()
-        dist.destroy_process_group()
+        yield world
+    except RuntimeError as error:
+        if not _is_of_communication(error):
+            raise
+        raise LostProcessError(f"rank {world.rank}: {error}\n" + "\n".join(world.whereabouts())) from error
+    # Not after an error: taking the group down may wait for the others, and the process ends anyway.
+    _groups.clear()
+    dist.destroy_process_group()
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Did another process break it off? gloo's errors are of no type of their own."""
+    return isinstance(error, dist.DistError) or re.search(r"gloo|nccl|process ?group", str(error), re.I) is not None
 
 
 _groups: dict[str, dist.ProcessGroup] = {}

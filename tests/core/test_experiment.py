@@ -92,14 +92,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    with pytest.raises(OSError, match=r"cannot write into .*: Permission denied"), lock_experiment(tmp_path):
-        pass
-    tmp_path.chmod(0o755)
-
-
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def read_only(*_: object, **__: object) -> None:

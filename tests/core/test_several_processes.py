@@ -99,14 +99,17 @@ def wait_for_step(folder: Path, step: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_stopped_run_resumes_to_the_same_bytes(start: Callable[..., subprocess.Popen[str]], whole: Path) -> None:
-    process = start("stopped")
-    folder = start.root / "stopped" / "run"  # type: ignore[attr-defined]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_resumes_to_the_same_bytes(
+    start: Callable[..., subprocess.Popen[str]], whole: Path, number: signal.Signals
+) -> None:
+    process = start(f"stopped{number}")
+    folder = start.root / f"stopped{number}" / "run"  # type: ignore[attr-defined]
     wait_for_step(folder, 6)
-    process.terminate()
+    process.send_signal(number)
     process.communicate(timeout=TIMEOUT)
     assert list(folder.glob("checkpoint-step*.safetensors")), "it stopped in the middle of an epoch"
-    finish(start("stopped", resume=True))
+    finish(start(f"stopped{number}", resume=True))
     assert last(folder) == last(whole)
 
 
