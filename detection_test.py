@@ -37,13 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from core.world import join, launched_size
 
     kvstore = config.KvstoreParam
-    gpus = usable(kvstore.gpus) or kvstore.gpus  # a machine with fewer GPUs than the config names may test too
-    num_process = len(usable(gpus)) if gpus else kvstore.processes
+    gpus = usable(kvstore.gpus)  # a machine with fewer GPUs than the config names may test too
+    num_process = len(gpus) if kvstore.gpus else kvstore.processes
     if launched_size() is None and num_process > 1:
         sys.exit(launch(__file__, list(sys.argv[1:] if arguments is None else arguments), num_process))
     epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
-    device = select_device(gpus, int(os.environ.get("LOCAL_RANK", "0")))
+    device = select_device(gpus or kvstore.gpus, int(os.environ.get("LOCAL_RANK", "0")))
     with join(device) as world:
         test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw, world=world, device=device)
 

@@ -39,7 +39,6 @@ class Progress:
     step: int  # updates that are done
     seed: int
     experiment: str
-    iter_per_epoch: int = 0  # updates in an epoch; 0: not known
     num_sample: int = 0  # samples in an epoch
     sample: int = 0  # samples of the unfinished epoch that were taken
     portrait: int = 0  # how many of them were portrait, where batches hold one orientation

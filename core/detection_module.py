@@ -134,8 +134,9 @@ def _train(config: Config, config_text: str, resume: bool, device: torch.device,
     _check_evaluation(config)
     trainer, built = build_trainer(config, device, loader.iter_per_epoch, start, world)
     step = _first_step(start, loader)
-    weights = sum(p.detach().double().sum().item() for p in trainer.module.parameters())
-    world.require_equal({"first step": step, "samples an epoch": len(loader.dataset), "first weights": weights})
+    if world.size > 1:
+        weights = sum(p.detach().double().sum().item() for p in trainer.module.parameters())
+        world.require_equal({"first step": step, "samples an epoch": len(loader.dataset), "first weights": weights})
     loader.end_step = config.OptimizeParam.schedule.end_epoch * loader.iter_per_epoch
     notes, folder = [*library.notes, *built], experiment_folder(config)
     with ExitStack() as held:
@@ -319,7 +320,6 @@ def _save(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog | NoLo
         step=step,
         seed=general.seed,
         experiment=str(general.name),
-        iter_per_epoch=loader.iter_per_epoch,
         num_sample=len(loader.dataset),
         sample=position.sample,
         portrait=position.portrait,

@@ -25,10 +25,10 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
             "process for each, or name more with --gpus"
         )
     if max(gpus) >= available:
-        usable = ",".join(map(str, range(available))) or "cpu"
+        present = ",".join(map(str, range(available))) or "cpu"
         raise ValueError(
             f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}: add "
-            f"--gpus {usable} (the learning rate follows the images per step)"
+            f"--gpus {present} (the learning rate follows the images per step)"
         )
     return torch.device("cuda", gpus[local_rank])
 

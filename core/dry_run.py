@@ -19,7 +19,7 @@ def describe_run(config: Config) -> str:
     """Text for people. Image counts come from the data where it lies on disk, else from what is published of COCO."""
     short, long = config.ResizeParam.short, config.ResizeParam.long
     train = network_table(config.ModelParam.train_symbol, data=(1, 3, short, long))
-    devices = max(1, len(config.KvstoreParam.gpus))
+    devices = config.KvstoreParam.num_device
     batch_image = config.General.batch_image
     lines = [f"Network, one image of {short} x {long}", *_indented(train.lines()), ""]
     lines += [

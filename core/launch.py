@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from core.loader import num_cpu
+from operator_cxx.build import usable_cpus
 
 MAX_RESTARTS = 3
 RETRY = 75  # the exit status (EX_TEMPFAIL) of a process that lost the others, or waited for them in vain
@@ -27,7 +27,7 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step and write a checkpoint
     # processes share the cores: OpenMP would give each of them all
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cpu() // num_process)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // num_process)))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its story of a failure is a page long
     for attempt in range(MAX_RESTARTS + 1):
         added = [argument for argument in again if attempt and argument not in arguments]
@@ -53,8 +53,8 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
         # the launcher itself ends the others with SIGTERM
         first = {rank: code for rank, code in status.items() if code != -signal.SIGTERM} or status
         what = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in sorted(first.items()))
-        next = "starting all again" + " from the newest checkpoint" * bool(again)
-        print(f"{what}; {next if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
+        then = "starting all again" + " from the newest checkpoint" * bool(again)
+        print(f"{what}; {then if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
     return 1
 
 

@@ -9,7 +9,6 @@ has fewer images than there are processes.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from itertools import count
@@ -25,6 +24,7 @@ from core.coco_index import open_index
 from core.dataset import DetectionDataset, Failure
 from core.image_set import ImageSet, resolve
 from core.sample_order import Part, Position, epoch_batches, ordered_batches, part_of, spare_samples
+from operator_cxx.build import usable_cpus
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -73,11 +73,6 @@ class TrainLoader:
     def start_step(self) -> int:
         """The number of the first step: as many are left to the epoch's end as its remaining samples need."""
         return (self.start.epoch + 1) * self.iter_per_epoch - len(self._batches(self.start))
-
-    @start_step.setter
-    def start_step(self, step: int) -> None:
-        self.start = Position(epoch=step // self.iter_per_epoch)
-        self.start = self.position_at(step)
 
     def position_at(self, step: int) -> Position:
         """Where step `step`, of those from `start` on, begins: what a checkpoint after `step` steps stores."""
@@ -201,7 +196,7 @@ def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Iterat
         batch_size=None,  # the reader gives whole batches
         sampler=parts,
         collate_fn=_as_it_is,
-        num_workers=min(num_worker, num_cpu()),  # torch warns of more than there are cores
+        num_workers=min(num_worker, usable_cpus()),  # torch warns of more than there are cores
         worker_init_fn=_init_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of its own: the workers' unused seeds shall not come from the model's
@@ -215,13 +210,6 @@ def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Iterat
         if reader.skip is not None and len(told) > reader.skip.limit:
             raise ValueError(too_many(told, reader.skip.limit))
         yield batch
-
-
-def num_cpu() -> int:
-    """The processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # not on every system
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _init_worker(worker: int) -> None:

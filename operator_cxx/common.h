@@ -103,12 +103,10 @@ struct Compute<double> {
   using type = double;
 };
 
-/* Calls body with a null pointer of the type that dtype names. */
+/* Calls body with a null pointer of the type that dtype names, of those that are computed in float32. */
 template <class Body>
-int32_t with_dtype(int32_t dtype, Body body) {
+int32_t with_float(int32_t dtype, Body body) {
   switch (dtype) {
-    case NK_FLOAT64:
-      return body(static_cast<double*>(nullptr));
     case NK_FLOAT16:
       return body(static_cast<float16*>(nullptr));
     case NK_BFLOAT16:
@@ -116,6 +114,12 @@ int32_t with_dtype(int32_t dtype, Body body) {
     default:
       return body(static_cast<float*>(nullptr));
   }
+}
+
+/* The same of all types. */
+template <class Body>
+int32_t with_dtype(int32_t dtype, Body body) {
+  return dtype == NK_FLOAT64 ? body(static_cast<double*>(nullptr)) : with_float(dtype, body);
 }
 
 NK_HD int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

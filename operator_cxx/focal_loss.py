@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from operator_cxx import library
-from operator_cxx.levels import flat, require_alike, scaled
+from operator_cxx.levels import flat, gradients, image_scale, require_alike, scaled
 from operator_cxx.reference import focal_loss as reference
 
 
@@ -81,16 +81,13 @@ def focal_loss_levels(
 
 
 def _scale(operator: str, logit: Sequence[Tensor], label: Tensor, gamma: float, normalizer: Tensor | None) -> Tensor:
-    """(N,) float64, what the terms of each image are multiplied by. Raises ValueError for arguments that do not fit."""
-    N = label.shape[0]
-    if normalizer is not None and normalizer.shape not in ((), (N,)):
-        raise ValueError(f"{operator}: expected normalizer () or ({N},), got {tuple(normalizer.shape)}")
+    """`image_scale` with this loss's own normalizer. Raises ValueError for arguments that do not fit."""
     if not gamma >= 0:
         raise ValueError(f"{operator}: expected gamma >= 0, got {gamma}")
     require_alike(operator, logit, label=label)
     if normalizer is None:
         normalizer = torch.count_nonzero(label >= 1) + 1  # a sum of bool takes four times as long
-    return torch.ones(N, dtype=torch.float64, device=label.device) / normalizer.detach()
+    return image_scale(operator, label, normalizer)
 
 
 def _loss(logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float) -> Tensor:
@@ -118,7 +115,7 @@ def _op(
     kernels = library.loaded[label.device.type]
     label = label.contiguous()
     loss = torch.zeros((), dtype=torch.float64, device=label.device)
-    grads, first = _gradients(logit, with_grad), 0
+    grads, first = gradients(logit, with_grad), 0
     for i, level in enumerate(logit):
         N, A, C, P = level.shape
         grad = grads[i] if grads else None
@@ -148,12 +145,7 @@ def _(
     logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float, with_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
     loss = label.new_empty((), dtype=torch.promote_types(logit[0].dtype, torch.float32))
-    return loss, _gradients(logit, with_grad)
-
-
-def _gradients(logit: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-    """Uninitialised tensors of the levels' shapes and memory layouts; none if not wanted."""
-    return [torch.empty_like(level) for level in logit] if wanted else []
+    return loss, gradients(logit, with_grad)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:

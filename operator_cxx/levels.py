@@ -16,9 +16,22 @@ def flat(level: Tensor) -> Tensor:
     return level.flatten(2)
 
 
+def image_scale(operator: str, label: Tensor, normalizer: Tensor | None) -> Tensor:
+    """(N,) float64, what the terms of each image of `label` (N, ...) are multiplied by: 1 / normalizer, or 1.
+
+    Raises ValueError unless normalizer is None, () or (N,).
+    """
+    scale = torch.ones(len(label), dtype=torch.float64, device=label.device)
+    if normalizer is None:
+        return scale
+    if normalizer.shape not in ((), scale.shape):
+        raise ValueError(f"{operator}: expected normalizer () or ({len(label)},), got {tuple(normalizer.shape)}")
+    return scale / normalizer.detach()
+
+
 def gradients(levels: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-    """Uninitialised tensors of the levels' shapes and memory layouts, which `flat` views; none if not wanted."""
-    return [torch.empty_like(flat(level)).view(level.shape) for level in levels] if wanted else []
+    """Uninitialised tensors of the levels' shapes and memory layouts; none if not wanted."""
+    return [torch.empty_like(level) for level in levels] if wanted else []
 
 
 def scaled(grad: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

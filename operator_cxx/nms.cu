@@ -1,7 +1,7 @@
 /* nk_nms on the GPU: a block an image. Hard: the candidates are sorted, then decided a block's width at a time, first
  * against all boxes kept before, then one after another against each other. Soft: a pass over the boxes for every one
  * kept. */
-#include "launch.cuh"
+#include "bitonic_sort.cuh"
 #include "nms.h"
 
 namespace {
@@ -27,11 +27,7 @@ struct Images {
 };
 
 /* The workspace of an image: the keys, then the boxes kept. */
-NK_HD int64_t key_count(int64_t M) {
-  int64_t count = 2;  // a power of two, for the sort
-  while (count < M) count *= 2;
-  return count;
-}
+NK_HD int64_t key_count(int64_t M) { return nk::power_of_two(M < 2 ? 2 : M); }
 
 NK_HD int64_t image_bytes(int64_t M) {
   return key_count(M) * static_cast<int64_t>(sizeof(uint64_t)) + M * static_cast<int64_t>(sizeof(Candidate));
@@ -83,24 +79,11 @@ __device__ int64_t find_candidates(const Image& image, int64_t M, float min_scor
   return found;  // which stays: the sort waits before there is another image
 }
 
-/* Sorts the keys, filled up to a power of two (bitonic sort: Batcher 1968). */
+/* Sorts the keys, filled up to a power of two. */
 __device__ void sort_keys(uint64_t* key, int64_t K) {
   const int64_t size = key_count(K);
   for (int64_t k = K + threadIdx.x; k < size; k += kThreads) key[k] = nk::kNoBox;
-  __syncthreads();
-  for (int64_t run = 2; run <= size; run *= 2) {
-    for (int64_t half = run / 2; half > 0; half /= 2) {
-      for (int64_t pair = threadIdx.x; pair < size / 2; pair += kThreads) {
-        const int64_t i = 2 * pair - (pair & (half - 1)), j = i + half;
-        const uint64_t a = key[i], b = key[j];
-        if ((a > b) == ((i & run) == 0)) {
-          key[i] = b;
-          key[j] = a;
-        }
-      }
-      __syncthreads();
-    }
-  }
+  nk::bitonic_sort(key, size, [](uint64_t a, uint64_t b) { return a < b; });
 }
 
 __global__ void hard_kernel(Images all, float thr, unsigned char* workspace) {

@@ -4,7 +4,7 @@
  * agree with the digits so far. Once these choose exactly T keys, and at once where there are no more candidates, the
  * kernels of later digits return early. The chosen are collected, sorted by a block an image, and each becomes a row.
  */
-#include "launch.cuh"
+#include "bitonic_sort.cuh"
 #include "retina_decode.h"
 
 namespace {
@@ -45,12 +45,6 @@ struct Workspace {
     return {reinterpret_cast<Selection*>(at), bin, reinterpret_cast<uint64_t*>(bin + kBins)};
   }
 };
-
-int64_t power_of_two(int64_t least) {
-  int64_t size = 1;
-  while (size < least) size *= 2;
-  return size;
-}
 
 /* The probabilities of every image. Element i is along the walk of an image, which has less than 2^32. */
 template <class T>
@@ -174,7 +168,7 @@ __global__ void collect(Probabilities<T> from, Workspace workspace, int64_t N) {
   }
 }
 
-/* Each image's keys falling, by Batcher's bitonic sort; a block an image. */
+/* Each image's keys falling; a block an image. */
 __global__ void sort_keys(Workspace workspace, int64_t N, bool in_shared) {
   NK_DYNAMIC_SHARED(uint64_t, shared);
   const int64_t size = workspace.size;
@@ -182,20 +176,7 @@ __global__ void sort_keys(Workspace workspace, int64_t N, bool in_shared) {
     uint64_t* stored = workspace[n].key;
     uint64_t* key = in_shared ? shared : stored;
     for (int64_t i = threadIdx.x; in_shared && i < size; i += blockDim.x) key[i] = stored[i];
-    __syncthreads();
-    for (int64_t run = 2; run <= size; run *= 2) {
-      for (int64_t apart = run / 2; apart > 0; apart /= 2) {
-        for (int64_t i = threadIdx.x; i < size / 2; i += blockDim.x) {
-          const int64_t low = 2 * i - (i & (apart - 1)), high = low + apart;
-          const uint64_t a = key[low], b = key[high];
-          if ((low & run) == 0 ? a < b : a > b) {
-            key[low] = b;
-            key[high] = a;
-          }
-        }
-        __syncthreads();
-      }
-    }
+    nk::bitonic_sort(key, size, [](uint64_t a, uint64_t b) { return a > b; });
     for (int64_t i = threadIdx.x; in_shared && i < size; i += blockDim.x) stored[i] = key[i];
     __syncthreads();
   }
@@ -228,7 +209,7 @@ void choose_keys(const Probabilities<T>& from, Workspace workspace, int64_t N, c
 }
 
 Workspace workspace_at(void* start, int64_t size, int64_t T) {
-  return {static_cast<unsigned char*>(start), power_of_two(std::min(T, size))};
+  return {static_cast<unsigned char*>(start), nk::power_of_two(std::min(T, size))};
 }
 
 }  // namespace

@@ -73,17 +73,4 @@ struct RowWriter {
   }
 };
 
-/* Calls body with a null pointer of the type that dtype names, of those that probabilities and deltas may have. */
-template <class Body>
-int32_t with_float(int32_t dtype, Body body) {
-  switch (dtype) {
-    case NK_FLOAT16:
-      return body(static_cast<float16*>(nullptr));
-    case NK_BFLOAT16:
-      return body(static_cast<bfloat16*>(nullptr));
-    default:
-      return body(static_cast<float*>(nullptr));
-  }
-}
-
 }  // namespace nk

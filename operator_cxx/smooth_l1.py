@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from operator_cxx import library
-from operator_cxx.levels import flat, gradients, require_alike, scaled
+from operator_cxx.levels import flat, gradients, image_scale, require_alike, scaled
 from operator_cxx.reference import smooth_l1 as reference
 
 
@@ -33,30 +33,27 @@ def smooth_l1_loss(
 
     Source: Girshick 2015, "Fast R-CNN", equation 3.
     """
-    _check(delta, target, weight, beta, normalizer)
-    N = target.shape[0]
-    scale = torch.ones(N, dtype=torch.float64, device=target.device)
-    if normalizer is not None:
-        scale = scale / normalizer.detach()
+    _check(delta, target, weight, beta)
+    scale = image_scale("smooth_l1_loss", target, normalizer)
     if not all(library.serves(level) for level in delta):
         return reference.smooth_l1_loss(delta, target, weight, beta=beta, scale=scale)
     dtype = torch.promote_types(delta[0].dtype, torch.float32)
     with_grad = torch.is_grad_enabled() and any(level.requires_grad for level in delta)
-    return _op(list(delta), target.to(dtype), weight.to(dtype), scale, beta, with_grad)[0]
+    return _op(list(map(flat, delta)), target.to(dtype), weight.to(dtype), scale, beta, with_grad)[0]
 
 
 @torch.library.custom_op("necklace::smooth_l1_loss", mutates_args=())
 def _op(
     delta: Sequence[Tensor], target: Tensor, weight: Tensor, scale: Tensor, beta: float, with_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and the gradient of every level or none."""
+    """The loss of levels (N, R, H*W), and the gradient of every level or none."""
     kernels = library.loaded[target.device.type]
     target, weight = target.contiguous(), weight.contiguous()
     _, R, P = target.shape
     loss = torch.zeros((), dtype=torch.float64, device=target.device)
     grads, first = gradients(delta, with_grad), 0
-    for i, level in enumerate(map(flat, delta)):
-        grad = flat(grads[i]) if grads else None
+    for i, level in enumerate(delta):
+        grad = grads[i] if grads else None
         kernels.run(
             "smooth_l1",
             level,  # works where this is
@@ -100,7 +97,7 @@ def _backward(ctx: Any, factor: Tensor | None, _: Any) -> Any:
 _op.register_autograd(_backward, setup_context=_keep_gradient)
 
 
-def _check(delta: Sequence[Tensor], target: Tensor, weight: Tensor, beta: float, normalizer: Tensor | None) -> None:
+def _check(delta: Sequence[Tensor], target: Tensor, weight: Tensor, beta: float) -> None:
     """Raise ValueError unless shapes, types, devices and settings fit each other."""
     shapes = [tuple(level.shape) for level in delta]
     N, R, P = target.shape if target.dim() == 3 else (-1, -1, -1)
@@ -110,8 +107,6 @@ def _check(delta: Sequence[Tensor], target: Tensor, weight: Tensor, beta: float,
             "smooth_l1_loss: expected levels (N, R, H, W), target and weight (N, R, sum of H*W), got levels "
             f"{shapes}, target {tuple(target.shape)} and weight {tuple(weight.shape)}"
         )
-    if normalizer is not None and normalizer.shape not in ((), (N,)):
-        raise ValueError(f"smooth_l1_loss: expected normalizer () or ({N},), got {tuple(normalizer.shape)}")
     if not beta > 0:
         raise ValueError(f"smooth_l1_loss: expected beta > 0, got {beta}")
     require_alike("smooth_l1_loss", delta, target=target, weight=weight)

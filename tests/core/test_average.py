@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,17 +14,12 @@ from core.detection_module import build_trainer
 from core.gradients import GradientAverage
 from core.loader import make_train_loader
 from core.world import ALONE, World
+from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
 from utils.make_demo_dataset import make_demo_dataset
 
-DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
 SMALL = [
-    "General.loader_worker=0",
-    "BackboneParam.num_filter=8",
-    "NeckParam.dim_reduced=8",
-    "NeckParam.num_stage=1",
-    "RpnParam.head.conv_channel=8",
-    "RpnParam.head.num_conv=1",
+    *SMALL_NETWORK,
     "OptimizeParam.optimizer.lr=0.01",
     "OptimizeParam.warmup.epoch=0.5",
 ]

@@ -29,7 +29,7 @@ def save(folder: Path, step: int, keep: int = 2) -> None:
     """The pair of a run of three steps an epoch; every tensor is full of its step's number."""
     epoch, inside = divmod(step, STEPS)
     stem = step_stem(step) if inside else epoch_stem(epoch)
-    progress = Progress(epoch=epoch, step=step, seed=0, experiment="demo", iter_per_epoch=STEPS)
+    progress = Progress(epoch=epoch, step=step, seed=0, experiment="demo")
     weights, state = torch.full((64, 64), float(step)), torch.full((64, 64), -float(step))
     save_checkpoint(folder, stem, {"weight": weights}, {"momentum": state}, progress, keep)
 

@@ -19,18 +19,13 @@ from config.schema import Config
 from core import detection_module
 from core.checkpoint import latest, load_weights
 from core.detection_module import Trainer, fit
+from tests.small_config import DEMO, SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset
 
-DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
 SMALL = [
+    *SMALL_NETWORK,
     "General.batch_image=4",
-    "General.loader_worker=0",
     "General.log_frequency=2",
-    "BackboneParam.num_filter=8",
-    "NeckParam.dim_reduced=8",
-    "NeckParam.num_stage=1",
-    "RpnParam.head.conv_channel=8",
-    "RpnParam.head.num_conv=1",
     "TestParam.eval_epoch=0",
     "OptimizeParam.optimizer.lr=0.01",
     "OptimizeParam.schedule.end_epoch=3",

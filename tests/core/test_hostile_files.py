@@ -111,7 +111,7 @@ def all_damaged(content: bytes, number: int) -> Iterator[bytes]:
 
 
 def write_pair(folder: Path) -> Path:
-    progress = Progress(epoch=1, step=10, seed=7, experiment="demo", iter_per_epoch=10, class_names=("cat", "dog"))
+    progress = Progress(epoch=1, step=10, seed=7, experiment="demo", class_names=("cat", "dog"))
     weights = {"conv0_weight": torch.ones(4, 3, 7, 7), "bn0_gamma": torch.ones(4, dtype=torch.float16)}
     return save_checkpoint(folder, epoch_stem(1), weights, {"conv0_weight": torch.ones(4)}, progress).weights
 

@@ -25,17 +25,12 @@ from core.inference import detect
 from core.inference import test as run_test
 from core.world import World
 from symbol import lower
+from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
 from utils.make_demo_dataset import make_demo_dataset
 
-DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
 SMALL = [
-    "General.loader_worker=0",
-    "BackboneParam.num_filter=8",
-    "NeckParam.dim_reduced=8",
-    "NeckParam.num_stage=1",
-    "RpnParam.head.conv_channel=8",
-    "RpnParam.head.num_conv=1",
+    *SMALL_NETWORK,
     "RpnParam.proposal.min_det_score=0",
     "TestParam.batch_image=3",
 ]

@@ -12,19 +12,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.small_config import DEMO, SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset
 
 ROOT = Path(__file__).parents[2]
-DEMO = "config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py"
 SMALL = [
+    *SMALL_NETWORK,
     "General.batch_image=2",
-    "General.loader_worker=0",
     "General.log_frequency=2",
-    "BackboneParam.num_filter=8",
-    "NeckParam.dim_reduced=8",
-    "NeckParam.num_stage=1",
-    "RpnParam.head.conv_channel=8",
-    "RpnParam.head.num_conv=1",
     "TestParam.eval_epoch=0",
     "OptimizeParam.optimizer.lr=0.01",
     "OptimizeParam.schedule.end_epoch=4",
@@ -51,7 +46,7 @@ def start(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
     ) -> subprocess.Popen[str]:
         places = [f"General.output_root={root / name}", "General.name=run", f"DatasetParam.data_root={data_root}"]
         sets = [word for override in [*SMALL, *places, *overrides] for word in ("--set", override)]
-        command = [sys.executable, "detection_train.py", "--config", DEMO, "--gpus", "cpu", *sets]
+        command = [sys.executable, "detection_train.py", "--config", str(DEMO), "--gpus", "cpu", *sets]
         command += ["--processes", str(processes)] + ["--resume"] * resume
         environment = os.environ | {"OMP_NUM_THREADS": "1", "NECKLACE_CACHE": str(root / "cache")} | environ
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

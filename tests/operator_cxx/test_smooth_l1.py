@@ -182,7 +182,8 @@ def test_tracing():
     delta, target, weight = example("cpu", dtype=torch.float64)
     delta = [level.requires_grad_() for level in delta]
     scale = torch.ones(2, dtype=torch.float64)
-    torch.library.opcheck(torch.ops.necklace.smooth_l1_loss.default, (delta, target, weight, scale, 0.11, True))
+    flat = [level.detach().flatten(2).requires_grad_() for level in delta]
+    torch.library.opcheck(torch.ops.necklace.smooth_l1_loss.default, (flat, target, weight, scale, 0.11, True))
     compiled = torch.compile(
         lambda *d: 2 * smooth_l1_loss(d, target, weight, beta=0.11), fullgraph=True, backend="aot_eager"
     )
