@@ -7,6 +7,12 @@ BIN := $(VENV)/bin
 DEMO := retina_r18v1b_nasfpn_128_2@48_demo
 BUILT := operator_cxx/built
 
+# MXNet 1.9.1 wants a NumPy that only Python up to 3.11 has wheels of; the folders here are used in place.
+MXNET_VENV := .venv-mxnet
+MXNET_PYTHON ?= python3.11
+MXNET_PACKAGES := mxnet==1.9.1 numpy==1.23.5 $(TORCH) opencv-python-headless==4.8.1.78 pycocotools safetensors pillow \
+	tqdm matplotlib pytest setuptools
+
 # A build that found no compiler ends with status 3, having said so: what can do without goes on.
 OR_NO_COMPILER := || [ $$? -eq 3 ]
 
@@ -14,7 +20,7 @@ OR_NO_COMPILER := || [ $$? -eq 3 ]
 STRICT = $(shell test -e $(BUILT)/necklace_cpu.so && echo NECKLACE_OPS=compiled) \
 	$(shell test -e $(BUILT)/necklace_cuda.so || echo NECKLACE_CUDA=0)
 
-.PHONY: help env ops cuda lint types unit fuzz sanitize test demo bench clean
+.PHONY: help env ops cuda lint types unit fuzz sanitize test demo bench clean mxnet mxnet-test
 
 help:
 	@echo "make env       the environment in $(VENV) (PYTHON=, TORCH= choose interpreter and torch)"
@@ -24,6 +30,7 @@ help:
 	@echo "make sanitize  test the compiled operators for memory errors, undefined behaviour and data races"
 	@echo "make fuzz      read many more damaged files than make test does"
 	@echo "make bench     time a training step of the demo, and the operators"
+	@echo "make mxnet     MXNet 1.9.1 in $(MXNET_VENV), with the operators compiled for it; make mxnet-test: its tests"
 	@echo "make clean     remove $(VENV), what was compiled and caches; data and experiments stay"
 
 env: $(VENV)/.made
@@ -39,6 +46,21 @@ $(VENV)/.made: pyproject.toml setup.py
 ops: env
 	@$(BIN)/python setup.py --quiet build_ext --inplace $(OR_NO_COMPILER)
 
+mxnet: ops $(MXNET_VENV)/.made
+	@$(MXNET_VENV)/bin/python -m operator_cxx.mxnet_ops.build
+
+$(MXNET_VENV)/.made:
+	$(MXNET_PYTHON) -m venv $(MXNET_VENV)
+	$(MXNET_VENV)/bin/python -m pip install --quiet $(MXNET_PACKAGES)
+	touch $@
+
+mxnet-test:
+	@if $(MAKE) --no-print-directory $(MXNET_VENV)/.made; then \
+		$(MAKE) --no-print-directory mxnet && OMP_NUM_THREADS=1 $(MXNET_VENV)/bin/python -m pytest tests/mxnet; \
+	else \
+		echo "tests/mxnet were not run: MXNet 1.9.1 could not be installed; it needs $(MXNET_PYTHON) and its wheel"; \
+	fi
+
 cuda: env
 	@$(BIN)/python operator_cxx/build.py cuda --archs all --out build/necklace_cuda.so --flag=-Werror=all-warnings \
 		$(OR_NO_COMPILER)
@@ -51,12 +73,13 @@ types: env
 	$(BIN)/mypy
 
 unit: ops
-	$(STRICT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	$(STRICT) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --ignore=tests/mxnet
 
-test: lint types unit cuda
+test: lint types unit cuda mxnet-test
 
 fuzz: env
-	NECKLACE_FUZZ=100 $(BIN)/python -m pytest tests/core/test_hostile_files.py
+	NECKLACE_FUZZ=100 $(BIN)/python -m pytest tests/core/test_hostile_files.py tests/core/test_params_file.py \
+		tests/symbol/test_json_format.py
 
 sanitize: ops
 	PYTHON=$(CURDIR)/$(BIN)/python tests/operator_cxx/sanitize.sh
@@ -73,4 +96,4 @@ bench: ops
 	$(BIN)/python utils/benchmark_operators.py
 
 clean:
-	rm -rf $(VENV) *.egg-info build $(BUILT) operator_cxx/*.so .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(MXNET_VENV) *.egg-info build $(BUILT) operator_cxx/*.so .mypy_cache .ruff_cache .pytest_cache

@@ -21,7 +21,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add_config_arguments(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--epoch", type=int, metavar="N", help="the checkpoint after N epochs, instead of the newest")
-    which.add_argument("--checkpoint", metavar="FILE", help="a .safetensors file, instead of the experiment's")
+    which.add_argument(
+        "--checkpoint", metavar="FILE", help="a .safetensors file, or MXNet's .params, instead of the experiment's"
+    )
+    parser.add_argument("--engine", choices=["torch", "mxnet"], default="torch", help="what computes; see README")
     parser.add_argument("--draw", type=int, default=0, metavar="N", help="draw the first N images with detections")
     return parser.parse_args(arguments)
 
@@ -36,13 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from core.launch import launch
     from core.world import join, launched_size
 
+    epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
+    checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
+    if parsed.engine == "mxnet":
+        test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw, engine=parsed.engine)
+        return
     kvstore = config.KvstoreParam
     gpus = usable(kvstore.gpus)  # a machine with fewer GPUs than the config names may test too
     num_process = len(gpus) if kvstore.gpus else kvstore.processes
     if launched_size() is None and num_process > 1:
         sys.exit(launch(__file__, list(sys.argv[1:] if arguments is None else arguments), num_process))
-    epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
-    checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
     device = select_device(gpus or kvstore.gpus, int(os.environ.get("LOCAL_RANK", "0")))
     with join(device) as world:
         test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw, world=world, device=device)

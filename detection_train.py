@@ -19,6 +19,7 @@ from config.load import format_config, load_config
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a detector from a config file.")
     add_config_arguments(parser)
+    parser.add_argument("--engine", choices=["torch", "mxnet"], default="torch", help="what computes; see README")
     parser.add_argument("--dry-run", action="store_true", help="describe the run and stop; needs no data")
     parser.add_argument("--resume", action="store_true", help="go on from the experiment's newest checkpoint")
     return parser.parse_args(arguments)
@@ -64,18 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from core.launch import launch
     from core.world import launched_size
 
-    if launched_size() is None and config.KvstoreParam.num_device > 1:
+    if parsed.engine == "torch" and launched_size() is None and config.KvstoreParam.num_device > 1:
         check_run(config, parsed.resume)
         given = list(sys.argv[1:] if arguments is None else arguments)
         sys.exit(launch(__file__, given, config.KvstoreParam.num_device, again=["--resume"]))
-    fit(config, format_config(config), resume=parsed.resume)
+    fit(config, format_config(config), resume=parsed.resume, engine=parsed.engine)
 
 
 def run(program: Callable[[], None]) -> None:
     """Call a program's main; an error that a user can mend is one message and exit status 1."""
     try:
         program()
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if os.environ.get("NECKLACE_TRACEBACK"):
             raise
         sys.exit(f"error: {error}")

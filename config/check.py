@@ -12,6 +12,7 @@ from config.schema import AnchorGenerate, Config
 from config.section import leaves
 
 _AT_LEAST_ONE = (
+    "OptimizeParam.accumulate",
     "OptimizeParam.schedule.end_epoch",
     "General.batch_image",
     "General.log_frequency",
@@ -72,6 +73,7 @@ def check(config: Config) -> None:
     _check_ranges(config)
     _check_run(config)
     _check_network(config)
+    _check_memonger(config)
     _check_input(config)
     _check_assignment(config)
     _check_schedule(config)
@@ -148,6 +150,18 @@ def _check_network(config: Config) -> None:
             f"RpnParam.num_class: expected the foreground classes + 1, at least 2, got {num_class}; "
             f"None counts them in the annotations"
         )
+
+
+def _check_memonger(config: Config) -> None:
+    model = config.ModelParam
+    if model.memonger_budget is not None and not model.memonger_budget > 0:
+        raise ValueError(f"ModelParam.memonger_budget: expected GiB, more than 0, got {model.memonger_budget}")
+    for name, value in (("memonger_until", model.memonger_until), ("memonger_budget", model.memonger_budget)):
+        if value is not None and not model.memonger:
+            raise ValueError(
+                f"ModelParam.{name} is {value!r}, but ModelParam.memonger is False; write ModelParam.memonger=True to "
+                f"recompute, or {name}=None"
+            )
 
 
 def _check_input(config: Config) -> None:

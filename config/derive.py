@@ -37,7 +37,7 @@ def _derive_names(config: Config, stem: str) -> None:
 def _derive_copies(config: Config) -> None:
     fill(config.KvstoreParam, "batch_image", config.General.batch_image)
     for section in (config.KvstoreParam, config.BackboneParam, config.NeckParam, config.RpnParam):
-        fill(section, "fp16", config.General.fp16)
+        fill(section, "fp16", config.General.fp16 or config.General.bf16)
 
 
 def _derive_normalizer(config: Config) -> None:
@@ -112,9 +112,10 @@ def _published_classes(config: Config) -> int | None:
 
 
 def _derive_learning_rate(config: Config) -> None:
-    optimizer = config.OptimizeParam.optimizer
+    optimizer, devices = config.OptimizeParam.optimizer, config.KvstoreParam.num_device
+    fill(config.OptimizeParam, "step_image", config.General.batch_image * devices * config.OptimizeParam.accumulate)
     if optimizer.lr is None:
-        optimizer.lr = optimizer.lr_per_image * config.General.batch_image * config.KvstoreParam.num_device
+        optimizer.lr = optimizer.lr_per_image * config.OptimizeParam.step_image
 
 
 def _derive_graphs(config: Config, is_train: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from config.check import check
 from config.derive import derive
 from config.overrides import apply_overrides
 from config.schema import Config, Transform
-from config.section import leaves
+from config.section import fill, leaves
+from config.simpledet.names import file_builtins, is_simpledet
+from config.simpledet.translate import Translation, translate
 from symbol import Symbol
 from symbol.attributes import nearest
 
@@ -20,27 +23,34 @@ from symbol.attributes import nearest
 def load_config(path: str | Path, is_train: bool, overrides: Sequence[str] = ()) -> Config:
     """The config that a file's `get_config(is_train)` returns, changed by `overrides`, checked and completed.
 
-    path: a .py file, such as config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py.
+    path: a .py file, such as config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py, or one of SimpleDet's.
     is_train: whether transforms, image sets and input names are those of training or of testing.
     overrides: `Section.field=value`, see `config.overrides`. They are applied before anything is derived.
 
     Raises FileNotFoundError for a missing file, and for annotations that the class count needs; ValueError,
     which says what to write instead, for a file that does not run, and for a value that cannot work.
     """
-    config = _run_config_file(str(path), is_train)
+    config, translation = _run_config_file(str(path), is_train)
     apply_overrides(config, overrides)
+    if translation is not None:
+        translation.before_check(overrides)
     check(config)
     derive(config, Path(path).stem, is_train)
+    if translation is not None:
+        translation.after_derive()
+    fill(config, "notes", [] if translation is None else translation.notes)
     return config
 
 
 def format_config(config: Config) -> str:
-    """The complete tree, a line `Section.field = value` each. Derived fields and classes are comments.
+    """The complete tree, a line `Section.field = value` each. Notes, derived fields and classes are comments.
 
     Lines that are no comments are overrides, which give the same config again.
     """
-    lines = []
+    lines = [f"# note: {note}" for note in config.notes]
     for key, section, entry in leaves(config):
+        if key == "notes":
+            continue
         shown = f"{key} = {_show(getattr(section, entry.name))}"
         lines.append(f"# {shown}" if {"derived", "required"} & entry.metadata.keys() else shown)
     return "\n".join(lines) + "\n"
@@ -58,33 +68,44 @@ def _show(value: Any) -> str:
     return repr(value)
 
 
-def _run_config_file(path: str, is_train: bool) -> Config:
-    get_config = _read_config_file(path)
+def _run_config_file(path: str, is_train: bool) -> tuple[Config, Translation | None]:
+    tree = _parse_config_file(path)
+    get_config = _read_config_file(path, tree)
     try:
         config = get_config(is_train)
+        translation = translate(config, is_train, tree) if isinstance(config, tuple) and is_simpledet(tree) else None
     except Exception as error:
         raise ValueError(f"{_locate(path, error)}: {_message(error)}") from error
+    if translation is not None:
+        return translation.config, translation
     if not isinstance(config, Config):
         raise ValueError(
             f"{path}: get_config(is_train) must return a config.schema.Config, got {type(config).__name__}; "
             f"a recipe such as config.NASFPN.recipe.retina_25epoch(is_train) gives one to change and return"
         )
-    return config
+    return config, None
 
 
-def _read_config_file(path: str) -> Callable[[bool], Any]:
-    """The file's get_config. It is compiled here, not imported: its name need not be an identifier ('@')."""
+def _parse_config_file(path: str) -> ast.Module:
     try:
-        source = Path(path).read_bytes()
+        return ast.parse(Path(path).read_bytes(), path)
     except FileNotFoundError:
         raise FileNotFoundError(_missing(path)) from None
     except IsADirectoryError:
         found = _files(Path(path))
         raise ValueError(f"{path}: expected a config file (.py), got a folder; it holds {found}") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{_locate(path, error)}: {_message(error)}") from error
+
+
+def _read_config_file(path: str, tree: ast.Module) -> Callable[[bool], Any]:
+    """The file's get_config. It is compiled here, not imported: its name need not be an identifier ('@')."""
     module = ModuleType(Path(path).stem)
     module.__file__ = path
+    if is_simpledet(tree):
+        module.__dict__["__builtins__"] = file_builtins()
     try:
-        exec(compile(source, path, "exec"), module.__dict__)
+        exec(compile(tree, path, "exec"), module.__dict__)
     except Exception as error:
         raise ValueError(f"{_locate(path, error)}: {_message(error)}") from error
     get_config = getattr(module, "get_config", None)

@@ -25,7 +25,8 @@ class General(Section):
     name: str | None = None  # folder under output_root; None: the config file's stem
     output_root: str = "experiments"
     batch_image: int = 8  # images per device and step
-    fp16: bool = True
+    fp16: bool = True  # half precision: in float16, with a loss scale that adapts
+    bf16: bool = False  # in bfloat16 instead
     seed: int = 0
     keep_checkpoints: int = 0  # epochs whose weights stay, the last ones; 0: all
     checkpoint_minutes: float = 0.0  # also a checkpoint every so many minutes; 0: when an epoch or the run ends
@@ -43,7 +44,7 @@ class KvstoreParam(Section):
     machines: int = 1
     num_device: int = derived("gpus, processes and machines of KvstoreParam")
     batch_image: int = derived("General.batch_image")
-    fp16: bool = derived("General.fp16")
+    fp16: bool = derived("General.fp16 and bf16")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +64,7 @@ class BackboneParam(Section):
     depth: Literal[18, 34, 50, 101, 152] = 50
     num_filter: int = 64  # channels of the stem; every stage follows from it
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
-    fp16: bool = derived("General.fp16")
+    fp16: bool = derived("General.fp16 and bf16")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,7 +75,7 @@ class NeckParam(Section):
     num_stage: int = 7  # repeats of the pyramid
     S0_kernel: int = 1  # kernel of the lateral convolutions
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
-    fp16: bool = derived("General.fp16")
+    fp16: bool = derived("General.fp16 and bf16")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -115,7 +116,7 @@ class RpnParam(Section):
     proposal: Proposal = field(default_factory=Proposal)
     focal_loss: FocalLoss = field(default_factory=FocalLoss)
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
-    fp16: bool = derived("General.fp16")
+    fp16: bool = derived("General.fp16 and bf16")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,7 +133,7 @@ class DatasetParam(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Pretrain(Section):
-    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b; .safetensors or .pth is looked for
+    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b; .safetensors, .pth, -0000.params, .params
     fixed_param: tuple[str, ...] = ("conv0",)  # parameters whose names start so stay as loaded; none from scratch
 
 
@@ -146,6 +147,9 @@ class ModelParam(Section):
     head: type = required("config.ModelParam.head = RetinaNetHeadWithBN")
     from_scratch: bool = False
     init_from: str | None = None  # a checkpoint to fine-tune from: what fits is loaded, the rest is reported
+    memonger: bool = False  # activations are computed again in the backward pass, so that a step needs less memory
+    memonger_until: str | None = None  # those from the input up to this node; None: what makes the memory smallest
+    memonger_budget: float | None = None  # GiB by the count of --dry-run: no more is computed again than it takes
     pretrain: Pretrain = field(default_factory=Pretrain)
     train_symbol: Symbol = derived("backbone, neck and head")
     test_symbol: Symbol = derived("backbone, neck and head")
@@ -154,7 +158,7 @@ class ModelParam(Section):
 @dataclass(kw_only=True, slots=True)
 class Optimizer(Section):
     type: Literal["sgd"] = "sgd"
-    lr_per_image: float = 0.01 / 8  # the linear rule: lr = lr_per_image * images per step
+    lr_per_image: float = 0.01 / 8  # the linear rule: lr = lr_per_image * step_image
     lr: float | None = None  # None: by the linear rule
     momentum: float = 0.9
     wd: float = 1e-4
@@ -177,6 +181,8 @@ class Warmup(Section):
 
 @dataclass(kw_only=True, slots=True)
 class OptimizeParam(Section):
+    accumulate: int = 1  # batches of General.batch_image that a device adds up for one update
+    step_image: int = derived("General.batch_image, KvstoreParam.num_device and OptimizeParam.accumulate")
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     warmup: Warmup = field(default_factory=Warmup)
@@ -280,7 +286,10 @@ class RenameParam(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Transform:
-    """Input transforms in order: `sample` runs on one record in a worker (uint8), `batch` on the device."""
+    """Input transforms in order: `sample` runs on one record in a worker (uint8), `batch` on the device.
+
+    A transform has apply(record); one of `batch` may have apply_all(records) instead, for all batches of an update.
+    """
 
     sample: list[Any]
     batch: list[Any]
@@ -312,3 +321,4 @@ class Config(Section):
     metric_list: list[Any] = derived("get_metric")
     data_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are data
     label_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are labels
+    notes: list[str] = derived("the config file")  # lines for the log: what a SimpleDet file asks for and does not get

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,12 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from core.atomic_file import atomic_file
 from core.coco_columns import Columns, read_columns
 from core.image_set import ImageSet, require_annotation, require_image_dir
 
 _FORMAT = 2  # part of the cache key: raise it when the columns or the rule for boxes change
 _META = "meta.json"
 _SHOWN = 5  # offenders that an error names
+_SETTLED_NS = 2 * 10**9  # file systems keep times to 2 s or better
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,18 @@ class CocoIndex:
         return _load, (Path(self.folder), self.image_set)
 
 
-def open_index(image_set: ImageSet, cache_root: str | None = None) -> CocoIndex:
+def open_index(image_set: ImageSet, cache_root: str | None = None, require_images: bool = True) -> CocoIndex:
     """The index of an image set, built now if it is not in the cache yet.
 
     The cache is `cache_root`, else $NECKLACE_CACHE, else ~/.cache/necklace. An index belongs to one state of
     the json (path, size, modification time); one that cannot be read is built again. `read_columns` states
     which boxes are in it.
 
-    Raises FileNotFoundError for a missing json, image folder or image file; ValueError, naming the json and
-    the entries at fault, for one that is not valid COCO; OSError where the cache cannot be written.
+    With `require_images` every image file has to be there. Their folders are listed once, and again when their
+    modification times change, as they do where a file vanishes.
+
+    Raises FileNotFoundError for a missing json, image folder or required image file; ValueError, naming the json
+    and the entries at fault, for one that is not valid COCO; OSError where the cache cannot be written.
     """
     require_annotation(image_set)
     require_image_dir(image_set)
@@ -95,7 +102,8 @@ def open_index(image_set: ImageSet, cache_root: str | None = None) -> CocoIndex:
             shutil.rmtree(folder, ignore_errors=True)
         _store(*read_columns(image_set.annotation), folder)
         index = _load(folder, image_set)
-    _check_images_exist(index)
+    if require_images:
+        _check_images(index)
     return index
 
 
@@ -155,7 +163,53 @@ def _renamed(temporary: Path, folder: Path) -> bool:
     return True
 
 
-def _check_images_exist(index: CocoIndex) -> None:
+def _check_images(index: CocoIndex) -> None:
+    """Raises FileNotFoundError, naming some, where images are missing; remembers where none is."""
+    image_dir = index.image_set.image_dir
+    place = os.fsencode(os.path.abspath(image_dir))  # image sets of several folders may share a json
+    known = Path(index.folder, f"images-{hashlib.sha256(place).hexdigest()[:16]}.json")
+    if _is_unchanged(known):
+        return
+    began = time.time_ns()
+    folders = {folder: _modified(folder) for folder in _image_folders(index)}  # before they are listed
+    missing = _missing_images(index)
+    if missing:
+        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
+        raise FileNotFoundError(
+            f"image set {index.image_set.name!r}: {len(missing)} of {index.num_image} images named "
+            f"in {index.image_set.annotation} are not in {image_dir}: {shown}; "
+            f"fetch them, or name the folder that holds them with --data-root (DatasetParam.data_root)"
+        )
+    # in a folder of the last moments a file may still vanish under the same time stamp
+    if all(time_ns is not None and time_ns < began - _SETTLED_NS for time_ns in folders.values()):
+        with suppress(OSError), atomic_file(known) as file:  # a cache of someone else's: it is checked every time
+            file.write(json.dumps(folders).encode())
+
+
+def _is_unchanged(known: Path) -> bool:
+    """Do the folders have the modification times of the last good check?"""
+    try:
+        folders = json.loads(known.read_bytes())
+        return bool(folders) and all(_modified(folder) == time_ns for folder, time_ns in folders.items())
+    except (OSError, ValueError, AttributeError):  # absent or damaged
+        return False
+
+
+def _modified(folder: str) -> int | None:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _image_folders(index: CocoIndex) -> set[str]:
+    """Every folder that images lie in."""
+    slash = (index.name_bytes == ord("/")).any()
+    below = {os.path.dirname(name) for name in index.file_names()} if slash else set()
+    return {os.path.join(os.path.abspath(index.image_set.image_dir), name) for name in {"", *below}}
+
+
+def _missing_images(index: CocoIndex) -> list[str]:
     """Lists each folder once: a stat per image takes minutes on a network file system."""
     directly = set(os.listdir(index.image_set.image_dir))
     listed: dict[str, set[str]] = {}
@@ -169,10 +223,4 @@ def _check_images_exist(index: CocoIndex) -> None:
         # file systems that ignore case or normalise names have files that are not listed as they are asked for
         if name not in listed[folder] and not os.path.exists(os.path.join(folder, name)):
             missing.append(file_name)
-    if missing:
-        shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
-        raise FileNotFoundError(
-            f"image set {index.image_set.name!r}: {len(missing)} of {index.num_image} images named "
-            f"in {index.image_set.annotation} are not in {index.image_set.image_dir}: {shown}; "
-            f"fetch them, or name the folder that holds them with --data-root (DatasetParam.data_root)"
-        )
+    return missing

@@ -1,14 +1,17 @@
-"""The device that a run computes on."""
+"""The device that a run computes on, and its memory."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from config.schema import Config
 
 
 def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
@@ -28,9 +31,34 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
         present = ",".join(map(str, range(available))) or "cpu"
         raise ValueError(
             f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}: add "
-            f"--gpus {present} (the learning rate follows the images per step)"
+            f"--gpus {present}"
         )
     return torch.device("cuda", gpus[local_rank])
+
+
+def require_gpus(config: Config) -> None:
+    """Raises ValueError for a training on GPUs that this machine does not have: what to run instead, and what becomes
+    of the images per update and of the learning rate."""
+    kvstore, optimize, available = config.KvstoreParam, config.OptimizeParam, torch.cuda.device_count()
+    if not kvstore.gpus or max(kvstore.gpus) < available:
+        return
+    present = ",".join(map(str, range(available))) or "cpu"
+    step_image = config.General.batch_image * max(1, available) * kvstore.machines * optimize.accumulate
+    by_rule = optimize.optimizer.lr_per_image * step_image
+    message = (
+        f"the config asks for the GPUs {','.join(map(str, kvstore.gpus))}; this machine has {available}. Add "
+        f"--gpus {present}: an update is of {step_image} images then, for which the linear rule gives the learning "
+        f"rate {by_rule:g}"
+    )
+    if optimize.optimizer.lr != optimize.optimizer.lr_per_image * optimize.step_image:
+        message += f" (the config sets {optimize.optimizer.lr:g})"
+    if optimize.step_image > step_image and optimize.step_image % step_image == 0:
+        accumulate = optimize.accumulate * optimize.step_image // step_image
+        message += (
+            f". Or add --gpus {present} --set OptimizeParam.accumulate={accumulate}: updates of {optimize.step_image} "
+            f"images at the learning rate {optimize.optimizer.lr:g}, as the config has them, one after another"
+        )
+    raise ValueError(message)
 
 
 def usable(gpus: Sequence[int]) -> tuple[int, ...]:

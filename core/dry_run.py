@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from core.coco_index import open_index
 from core.dataset import DetectionDataset
-from core.detection_module import build_schedule
 from core.image_set import PUBLISHED, ImageSet, resolve
-from core.network_table import memory_lines, network_table
+from core.network_table import network_table
+from core.precision import Precision, precision
+from core.schedule import build_schedule
+from core.step_memory import step_memory
+from symbol.passes import in_precision
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -22,16 +27,28 @@ def describe_run(config: Config) -> str:
     devices = config.KvstoreParam.num_device
     batch_image = config.General.batch_image
     lines = [f"Network, one image of {short} x {long}", *_indented(train.lines()), ""]
+    computed_in = _precision(config)
+    computed = in_precision(config.ModelParam.train_symbol, computed_in)
+    memory = step_memory(computed, config.ModelParam, batch_image, short, long)
     lines += [
-        f"Memory of a step on each device ({batch_image} images)",
-        *_indented(memory_lines(train, batch_image)),
+        f"Memory of a step on each device ({batch_image} images, activations in {computed_in})",
+        *_indented(memory.lines()),
         "",
     ]
-    step = (
-        f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}: {batch_image * devices} a step"
-    )
-    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, batch_image * devices))]
+    accumulate, step_image = config.OptimizeParam.accumulate, config.OptimizeParam.step_image
+    times = f", {accumulate} times" if accumulate > 1 else ""
+    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {step_image} a step"
+    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, step_image))]
     return "\n".join(lines)
+
+
+def _precision(config: Config) -> Precision:
+    """What the run computes in; its GPUs need not be here."""
+    if not config.KvstoreParam.gpus:
+        return precision(config.General, torch.device("cpu"))[0]
+    if config.General.bf16:
+        return "bfloat16"
+    return "float16" if config.General.fp16 else "float32"
 
 
 def _indented(lines: list[str]) -> list[str]:

@@ -29,9 +29,9 @@ def experiment_folder(config: Config) -> Path:
 
 
 def find_start(config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from; None for the first step. Nothing is written.
+    """The checkpoint to go on from, perhaps the last one; None for the first step. Nothing is written.
 
-    Raises ValueError where the folder holds a finished run, or an unfinished one that `resume` does not ask for.
+    Raises ValueError where the folder holds a run that `resume` does not ask for.
     """
     folder = experiment_folder(config)
     newest = latest(folder) if folder.is_dir() else None
@@ -39,7 +39,7 @@ def find_start(config: Config, resume: bool) -> Checkpoint | None:
         return None
     end_epoch = config.OptimizeParam.schedule.end_epoch
     anew = "train under another name (--set General.name=...) or remove the folder"
-    if newest.is_finished(end_epoch):
+    if not resume and newest.is_finished(end_epoch):
         raise ValueError(
             f"{folder} holds a finished run ({newest.progress.epoch} epochs): {anew}; to train on, add --resume and "
             "a larger OptimizeParam.schedule.end_epoch"

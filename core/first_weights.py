@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from core.checkpoint import Checkpoint, keep_fitting, load_weights, require_fit
+from core.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
+from core.params_file import SUFFIX, read_params
 from core.pretrain import find_backbone, load_backbone
 
 if TYPE_CHECKING:
@@ -16,6 +19,21 @@ if TYPE_CHECKING:
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter and auxiliary state."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def load_given_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
+    """Parameters and auxiliary states of a checkpoint that a user names, ours or MXNet's, and where its run stood.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that is damaged or no checkpoint.
+    """
+    path = Path(path)
+    return (read_params(path), params_progress(path)) if path.suffix == SUFFIX else load_weights(path)
+
+
+def params_progress(path: Path) -> Progress:
+    """Where MXNet's run stood, as far as the name that its Module gives tells: `<prefix>-<epoch>.params`."""
+    match = re.fullmatch(r"(.+)-(\d{4,9})", path.stem)
+    return Progress(epoch=int(match[2]) if match else 0, step=0, seed=0, experiment=match[1] if match else path.stem)
 
 
 def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | None) -> list[str]:
@@ -30,7 +48,7 @@ def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | 
         module.load_state_dict(tensors)
         return [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
     if model.init_from is not None:
-        tensors, progress = load_weights(model.init_from)
+        tensors, _ = load_given_weights(model.init_from)
         fitting, report = keep_fitting(shapes_of(module), tensors, model.init_from)
         _load_some(module, fitting)
         total = len(module.state_dict())

@@ -19,19 +19,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 import symbol as S
-from core.checkpoint import find_weights, load_weights, require_fit
+from core.checkpoint import find_weights, require_fit
 from core.coco_index import CocoIndex
 from core.device import place, select_device, to_device
 from core.draw import draw_detections
 from core.evaluation import Evaluation, detections_to_coco, evaluate, write_result
 from core.experiment import experiment_folder
-from core.first_weights import shapes_of
+from core.first_weights import load_given_weights, shapes_of
 from core.image import read_image
 from core.image_set import ImageSet
 from core.loader import TestLoader, make_test_loader
+from core.precision import precision
 from core.world import ALONE, World
 from operator_cxx.nms import nms, soft_nms
-from symbol.passes import without_fp16
+from symbol.passes import in_precision
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -64,7 +65,8 @@ def build_test_module(
     config: Config, weights: Mapping[str, Tensor], device: torch.device, source: str | Path
 ) -> nn.Module:
     """The test graph with these weights. Raises ValueError where they are another network's; `source` is their file."""
-    module = S.lower(without_fp16(config.ModelParam.test_symbol))
+    computed_in, _ = precision(config.General, device)
+    module = S.lower(in_precision(config.ModelParam.test_symbol, computed_in))
     require_fit(shapes_of(module), weights, source)
     module.load_state_dict(weights)
     return place(module, device).eval()
@@ -184,18 +186,21 @@ def test(
     num_draw: int,
     world: World = ALONE,
     device: torch.device | None = None,
+    engine: str = "torch",
 ) -> list[TestResult]:
     """Test on every image set of the config and print what came of it; see `detection_test.py`.
 
     checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into the
     experiment's folder. Several processes, `world`, share the images, each on its own `device` (None: the config's
-    first one); the first process writes, prints and returns the results. Raises FileNotFoundError and ValueError for
-    weights or images that are missing or do not fit.
+    first one); the first process writes, prints and returns the results. engine is torch or mxnet. Raises
+    FileNotFoundError and ValueError for weights or images that are missing or do not fit.
     """
+    if engine == "mxnet":
+        device = torch.device("cpu")  # where batches are made and detections are thinned
     device = device or select_device(config.KvstoreParam.gpus[:1])
     folder = experiment_folder(config)
     path = checkpoint or find_weights(folder, epoch)
-    weights, progress = load_weights(path)
+    weights, progress = load_given_weights(path)
     names = config.DatasetParam.class_names
     if names and progress.class_names and names != progress.class_names:
         raise ValueError(
@@ -203,8 +208,14 @@ def test(
             f"{_listed(names)}: test on image sets with the categories that it was trained on"
         )
     module = build_test_module(config, weights, device, path)
+    if engine == "mxnet":
+        from core.mxnet_engine import MxnetModule  # its operators are built for it alone
+
+        module = MxnetModule(config, weights)
     folder.mkdir(parents=True, exist_ok=True)
     if world.is_first:
+        for note in config.notes:
+            print(note)
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
     for image_set in config.DatasetParam.image_set:

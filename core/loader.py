@@ -9,9 +9,13 @@ has fewer images than there are processes.
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Generator, Iterable, Iterator
+from functools import partial
 from itertools import count
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -33,10 +37,10 @@ if TYPE_CHECKING:
 class TrainLoader:
     """The training batches of one of `size` processes, up to step `end_step` (None: without end), across epochs.
 
-    A step takes `batch_image` images in each process; all processes together see every sample of an epoch once. It
-    starts at `start`, also in the middle of an epoch: with the images per step that were used before, it gives exactly
-    the batches that would have come; with another number of them, the rest of the epoch in batches of the new size.
-    Steps are counted so that an epoch ends at a multiple of `iter_per_epoch` in any case.
+    A step takes `accumulate` batches of `batch_image` images in each process; all processes together see every sample
+    of an epoch once. It starts at `start`, also in the middle of an epoch: with the images per step that were used
+    before, it gives exactly the batches that would have come; with another number of them, the rest of the epoch in
+    batches of the new size. Steps are counted so that an epoch ends at a multiple of `iter_per_epoch` in any case.
 
     With a `bad_image_limit` other images stand in for those that cannot be read, for up to so many files.
     """
@@ -48,6 +52,7 @@ class TrainLoader:
         batch_image: int,
         square: bool,
         num_worker: int,
+        accumulate: int = 1,
         rank: int = 0,
         size: int = 1,
         start: Position = Position(),  # noqa: B008 (it is immutable)
@@ -56,7 +61,8 @@ class TrainLoader:
     ) -> None:
         assert 0 <= rank < size
         self.dataset = dataset
-        self.step_image = batch_image * size  # of all processes
+        self.step_image = batch_image * accumulate * size  # of all processes
+        self.accumulate = accumulate
         self.num_worker = num_worker
         self.rank = rank
         self.size = size
@@ -66,7 +72,7 @@ class TrainLoader:
         self._skip = None if bad_image_limit is None else SkipBadImages(bad_image_limit, self._spares)
         self.iter_per_epoch = len(self._batches(Position()))
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         return _read(BatchReader(self.dataset, self._skip), self._parts(), self.num_worker)
 
     @property
@@ -101,9 +107,10 @@ class TrainLoader:
         step = self.start_step
         for epoch in count(self.start.epoch):
             for samples in self._batches(self._begin(epoch)):
-                if step == self.end_step:
+                if self.end_step is not None and step >= self.end_step:
                     return
-                yield part_of(epoch, samples, self.rank, self.size)
+                for number in range(self.accumulate):  # as if each were a process of its own
+                    yield part_of(epoch, samples, self.rank * self.accumulate + number, self.size * self.accumulate)
                 step += 1
 
 
@@ -137,7 +144,7 @@ class TestLoader:
         """Batches of this process."""
         return len(self._batches[self.rank :: self.size])
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         parts = [part_of(0, samples, rank=0, size=1) for samples in self._batches[self.rank :: self.size]]
         return _read(BatchReader(self.dataset), parts, self.num_worker)
 
@@ -153,18 +160,20 @@ class TestLoader:
 
 
 def make_train_loader(config: Config, rank: int = 0, size: int = 1) -> TrainLoader:
-    """The training batches of one of an experiment's processes: General.batch_image images a step.
+    """The training batches of one of an experiment's processes, of General.batch_image images.
 
     Raises what `open_index` and `DetectionDataset` raise.
     """
     data = config.DatasetParam
-    indexes = [open_index(resolve(image_set, data.data_root)) for image_set in data.image_set]
+    required = data.bad_image != "skip"  # otherwise those that are missing are skipped like the others
+    indexes = [open_index(resolve(one, data.data_root), require_images=required) for one in data.image_set]
     dataset = DetectionDataset(indexes, config.transform.sample, seed=config.General.seed, flip=data.flip)
     return TrainLoader(
         dataset,
         batch_image=config.General.batch_image,
         square=config.ResizeParam.short == config.ResizeParam.long,
         num_worker=config.General.loader_worker,
+        accumulate=config.OptimizeParam.accumulate,
         rank=rank,
         size=size,
         bad_image_limit=data.bad_image_limit if data.bad_image == "skip" else None,
@@ -188,7 +197,7 @@ def make_test_loader(config: Config, image_set: str | ImageSet, rank: int = 0, s
     )
 
 
-def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Iterator[Batch]:
+def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Generator[Batch]:
     """Raises ValueError, naming the image file, for the first sample that could not be prepared, and where more image
     files were skipped than may be."""
     loader = DataLoader(
@@ -197,25 +206,39 @@ def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Iterat
         sampler=parts,
         collate_fn=_as_it_is,
         num_workers=min(num_worker, usable_cpus()),  # torch warns of more than there are cores
-        worker_init_fn=_init_worker,
+        worker_init_fn=partial(_init_worker, os.getpid()),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # of its own: the workers' unused seeds shall not come from the model's
     )
     told: dict[str, str] = {}  # a bad file comes again with the next epoch, and with its mirrored sample
-    for batch in loader:
-        if isinstance(batch, Failure):
-            raise ValueError(batch.message)
-        batch["skipped"] = [(path, wrong) for path, wrong in batch["skipped"] if path not in told]
-        told.update(batch["skipped"])
-        if reader.skip is not None and len(told) > reader.skip.limit:
-            raise ValueError(too_many(told, reader.skip.limit))
-        yield batch
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, Failure):
+                raise ValueError(batch.message)
+            batch["skipped"] = [(path, wrong) for path, wrong in batch["skipped"] if path not in told]
+            told.update(batch["skipped"])
+            if reader.skip is not None and len(told) > reader.skip.limit:
+                raise ValueError(too_many(told, reader.skip.limit))
+            yield batch
+    finally:
+        # a traceback may keep the iterator alive, and at its end Python would wait for workers that ignore SIGTERM
+        if hasattr(batches, "_shutdown_workers"):
+            batches._shutdown_workers()
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(parent: int, worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the threads
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the training process answers
         signal.signal(number, signal.SIG_IGN)
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """torch's own watch misses a training process that is killed while its workers start."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,10 +1,9 @@
-"""What a graph costs by stage: parameters, multiply-adds and memory, as a function of its input shapes."""
+"""What a graph costs by stage: parameters and multiply-adds, as a function of its input shapes."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from symbol import Node, Symbol
@@ -22,16 +21,6 @@ _LOSS_OPS = {
     *("Reshape", "transpose", "Concat", "slice_axis", "elemwise_sub", "elemwise_mul", "broadcast_div", "smooth_l1"),
     *("_contrib_FocalLoss", "_contrib_BBoxNorm", "MakeLoss"),
 }
-# autograd keeps the inputs of these
-_KEEPS_INPUT = (
-    "Convolution",
-    "BatchNorm",
-    "_contrib_SyncBatchNorm",
-    "Pooling",
-    "broadcast_mul",
-    "_contrib_FocalLoss",
-    "smooth_l1",
-)
 
 
 @dataclass
@@ -51,7 +40,6 @@ class NetworkTable:
     stages: list[Stage]
     num_parameter: int
     multiply_add: int
-    activation_bytes: int  # kept for the backward pass, in float32
 
     def lines(self) -> list[str]:
         """The table as text."""
@@ -88,7 +76,6 @@ def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
     inputs, auxiliary = set(symbol.list_inputs()), set(symbol.list_auxiliary_states())
     stages: dict[tuple[str, str], Stage] = {}
     counted: set[str] = set()
-    kept: set[tuple[Node, int]] = set()
     for node in symbol.nodes():
         if node.is_variable:
             continue
@@ -105,24 +92,9 @@ def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
                 stage.num_parameter += math.prod(known[child, 0])
         if node.op == "Convolution":
             stage.multiply_add += math.prod(output) * math.prod(known[node.inputs[1]][1:])
-        if node.op in _KEEPS_INPUT:
-            kept.add(node.inputs[0])
     rows = [stage for (kind, _), stage in sorted(stages.items(), key=lambda item: _KINDS.index(item[0][0]))]
     return NetworkTable(
         rows,
         num_parameter=sum(stage.num_parameter for stage in rows),
         multiply_add=sum(stage.multiply_add for stage in rows),
-        activation_bytes=4 * sum(math.prod(known[entry]) for entry in kept),
     )
-
-
-def memory_lines(table: NetworkTable, batch_image: int) -> list[str]:
-    """What a training step holds at least, by kind: `table` counts one image."""
-    kinds: Mapping[str, int] = {
-        "weights": 4 * table.num_parameter,
-        "gradients": 4 * table.num_parameter,
-        "momentum": 4 * table.num_parameter,
-        f"activations of {batch_image} images": table.activation_bytes * batch_image,
-    }
-    lines = [f"{name}: {size / 2**20:,.0f} MiB" for name, size in kinds.items()]
-    return [*lines, f"in all about {sum(kinds.values()) / 2**20:,.0f} MiB, in float32"]

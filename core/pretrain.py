@@ -1,6 +1,8 @@
-"""First weights of the backbone: ResNets trained on ImageNet, in torchvision's layout or in ours.
+"""First weights of the backbone: ResNets trained on ImageNet, in torchvision's or GluonCV's layout or in ours.
 
-torchvision's (and timm's plain) ResNets have the stride on the 3x3 convolution, as v1b has.
+torchvision's (and timm's plain) ResNets have the stride on the 3x3 convolution, as v1b has. GluonCV's v1b comes in two
+layouts: its parameter files follow the layers (layer1.0.bn1.gamma), its exported ones count them by stage
+(resnetv1b_layers1_batchnorm0_gamma). SimpleDet's backbones have the names that we have.
 """
 
 from __future__ import annotations
@@ -14,15 +16,22 @@ import torch
 from torch import Tensor
 
 from core.checkpoint import check_fit, read_tensors
+from core.params_file import read_params
 
 DEFAULT_PREFIX = "pretrain_model/resnet{depth}_v1b"
-SUFFIXES = (".safetensors", ".pth")
+SUFFIXES = (".safetensors", ".pth", "-0000.params", ".params")
 _HARMLESS_CLAIM = 2**30  # bytes; ResNet-152 has a quarter of them
 
 _OURS = re.compile(r"(conv0|bn0|stage\d+_unit\d+)_")
 _UNIT = re.compile(r"layer(\d{1,3})\.(\d{1,3})\.(conv\d|bn\d|downsample\.0|downsample\.1)$")
-_IGNORED = re.compile(r"fc\.|.*\.num_batches_tracked$")  # the classifier, and a counter that MXNet does not have
-_NORM_FIELD = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
+_EXPORTED = re.compile(r"resnetv1b\d{0,3}_(?:(layers|down)(\d{1,3})_)?(conv|batchnorm)(\d{1,3})_(\w+)$")
+_EXPORTED_BOTTLENECK = re.compile(r"resnetv1b\d{0,3}_down1_")  # only bottlenecks widen the first stage
+# the classifier, and a counter that MXNet does not have
+_IGNORED = re.compile(r"fc\.|resnetv1b\d{0,3}_dense0_|.*\.num_batches_tracked$")
+_NORM_FIELD = {
+    **{"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"},
+    **{"gamma": "gamma", "beta": "beta"},
+}
 _DEPTH_OF_UNITS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
     (False, (3, 4, 6, 3)): 34,
@@ -44,7 +53,7 @@ def find_backbone(prefix: str | None, depth: int) -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(
-        f"no pretrained backbone {chosen}.safetensors or .pth. Get one: python3 utils/get_backbone.py "
+        f"no pretrained backbone {chosen}.safetensors, .pth or -0000.params. Get one: python3 utils/get_backbone.py "
         f"--depth {depth}; or set ModelParam.pretrain.prefix to yours; or train from scratch: "
         "--set ModelParam.from_scratch=True"
     )
@@ -55,10 +64,11 @@ def backbone_names(names: Iterable[str]) -> list[str]:
     return [name for name in names if _OURS.match(name)]
 
 
-def rename_torchvision(name: str) -> str | None:
-    """Our name of a tensor in torchvision's ResNet layout; None where the layout has no such name.
+def rename_layer(name: str) -> str | None:
+    """Our name of a tensor in torchvision's ResNet layout or that of GluonCV's parameter files, which differ in the
+    fields of a BatchNorm; None where the layouts have no such name.
 
-    >>> rename_torchvision("layer2.0.downsample.1.running_var")
+    >>> rename_layer("layer2.0.downsample.1.running_var")
     'stage2_unit1_sc_bn_moving_var'
     """
     module, _, field = name.rpartition(".")
@@ -71,6 +81,33 @@ def rename_torchvision(name: str) -> str | None:
         part = {"downsample.0": "sc", "downsample.1": "sc_bn"}.get(match[3], match[3])
         ours = f"stage{match[1]}_unit{int(match[2]) + 1}_{part}"
     if "bn" in ours:
+        return f"{ours}_{_NORM_FIELD[field]}" if field in _NORM_FIELD else None
+    return f"{ours}_{field}" if field == "weight" else None
+
+
+def rename_exported(name: str, is_bottleneck: bool) -> str | None:
+    """Our name of a tensor in the layout that GluonCV's v1b networks are exported in; None where it has no such name.
+
+    It counts a stage's convolutions through its units, which have three of them (bottlenecks) or two.
+
+    >>> rename_exported("resnetv1b_layers2_batchnorm4_running_var", is_bottleneck=True)
+    'stage2_unit2_bn2_moving_var'
+    """
+    match = _EXPORTED.match(name)
+    if match is None:
+        return None
+    block, stage, kind, number, field = match.groups()
+    part = {"conv": "conv", "batchnorm": "bn"}[kind]
+    if block == "layers":
+        unit, place = divmod(int(number), 3 if is_bottleneck else 2)
+        ours = f"stage{stage}_unit{unit + 1}_{part}{place + 1}"
+    elif number != "0":
+        return None
+    elif block == "down":
+        ours = f"stage{stage}_unit1_" + {"conv": "sc", "bn": "sc_bn"}[part]
+    else:
+        ours = f"{part}0"
+    if part == "bn":
         return f"{ours}_{_NORM_FIELD[field]}" if field in _NORM_FIELD else None
     return f"{ours}_{field}" if field == "weight" else None
 
@@ -88,8 +125,7 @@ def load_backbone(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> 
     """The backbone's tensors under our names, and a line for the log.
 
     Args:
-        path: .safetensors or .pth in torchvision's layout, or .safetensors with our names (a checkpoint
-            serves too).
+        path: .safetensors, .pth or .params in one of the layouts, or with our names (a checkpoint serves too).
         expected: shape of every parameter and auxiliary state of the model; those outside the backbone are
             ignored.
 
@@ -111,23 +147,35 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], int]:
         ValueError: the file is damaged or in another layout.
     """
     path = Path(path)
-    stored = _read_state_dict(path) if path.suffix in (".pth", ".pt") else read_tensors(path)
+    stored = _read_stored(path)
     is_ours = bool(backbone_names(stored))
+    is_bottleneck = any(_EXPORTED_BOTTLENECK.match(name) for name in stored)
     tensors: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in stored.items():
-        new_name = name if _OURS.match(name) else rename_torchvision(name)
+        new_name = name if _OURS.match(name) else rename_layer(name) or rename_exported(name, is_bottleneck)
+        if new_name in tensors:
+            raise ValueError(f"{path} holds {new_name} under two names, one of them {name}: give another file")
         if new_name is not None:
             tensors[new_name] = tensor.float()
         elif not (is_ours or _IGNORED.match(name)):
             unknown.append(name)
     if unknown or not tensors:
         raise ValueError(
-            f"{path} is not a ResNet in torchvision's layout (conv1.weight, layer1.0.conv1.weight, ...): it "
-            f"holds {', '.join((unknown or list(stored))[:4]):.200}. Plain ResNets fit (timm/resnet50.tv_in1k); "
-            "ResNet-C, -D and -X do not"
+            f"{path} is not a ResNet in torchvision's layout or GluonCV's (conv1.weight, layer1.0.conv1.weight, ...): "
+            f"it holds {', '.join((unknown or list(stored))[:4]):.200}. Plain ResNets fit (timm/resnet50.tv_in1k, "
+            "GluonCV's resnet50_v1b); ResNet-C, -D and -X and GluonCV's resnet50_v1 do not"
         )
     return tensors, len(stored) - len(tensors)
+
+
+def _read_stored(path: Path) -> dict[str, Tensor]:
+    match path.suffix:
+        case ".pth" | ".pt":
+            return _read_state_dict(path)
+        case ".params":
+            return read_params(path)
+    return read_tensors(path)
 
 
 def _require_backbone(path: str | Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from config.schema import Config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +69,18 @@ class LrSchedule:
 
     def _step_of(self, epoch: float) -> int:
         return round(epoch * self.iter_per_epoch)
+
+
+def build_schedule(config: Config, iter_per_epoch: int) -> LrSchedule:
+    """The config's learning rate in steps."""
+    optimize = config.OptimizeParam
+    assert optimize.optimizer.lr is not None
+    return LrSchedule(
+        lr=optimize.optimizer.lr,
+        iter_per_epoch=iter_per_epoch,
+        end_epoch=optimize.schedule.end_epoch,
+        lr_epoch=optimize.schedule.lr_epoch,
+        lr_factor=optimize.schedule.lr_factor,
+        warmup_epoch=optimize.warmup.epoch,
+        warmup_lr_factor=optimize.warmup.lr_factor,
+    )

@@ -11,6 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from core.atomic_file import atomic_file
+
 LOG_LINES = "log.jsonl"
 LOG_TEXT = "log.txt"
 
@@ -23,7 +25,8 @@ class TrainLog:
     def __init__(self, folder: Path, start_step: int, end_step: int, iter_per_epoch: int) -> None:
         self.end_step = end_step
         self.iter_per_epoch = iter_per_epoch
-        _drop_records_behind(folder / LOG_LINES, start_step)
+        kept = _drop_records_behind(folder / LOG_LINES, start_step)
+        self.evaluated = {record["step"] for record in kept if record.get("event") == "eval"}  # after these steps
         mode = "a" if start_step else "w"
         self._text = (folder / LOG_TEXT).open(mode, buffering=1, encoding="utf-8")
         self._lines = (folder / LOG_LINES).open("a", buffering=1, encoding="utf-8")
@@ -83,6 +86,8 @@ class TrainLog:
 class NoLog:
     """In a TrainLog's place, in processes that do not write it."""
 
+    evaluated: frozenset[int] = frozenset()
+
     def __enter__(self) -> NoLog:
         return self
 
@@ -105,28 +110,35 @@ class NoLog:
         pass
 
 
-_FORMATS = {"lr": ".5f", "grad_norm": ".2f", "memory_mib": ".0f", "img_per_s": ".1f", "data_wait": ".0%"}
+_FORMATS = {
+    **{"lr": ".5f", "grad_norm": ".2f", "loss_scale": "g", "skipped": ".0f"},
+    **{"memory_mib": ".0f", "img_per_s": ".1f", "data_wait": ".0%"},
+}
 
 
 def _line(record: dict[str, Any], end_step: int) -> str:
     left = time.strftime("%H:%M:%S", time.gmtime(record["eta_s"] % 86400))
     days = f"{int(record['eta_s'] // 86400)}d " if record["eta_s"] >= 86400 else ""
     numbers = [
-        f"{name} {value:{_FORMATS.get(name, '.4f')}}"
+        f"{name} {value:{_FORMATS.get(name, '.4f')}}" if math.isfinite(value) else f"{name} -"
         for name, value in record.items()
         if name not in ("step", "epoch", "eta_s")
     ]
     return f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} {' '.join(numbers)} left {days}{left}"
 
 
-def _drop_records_behind(path: Path, step: int) -> None:
+def _drop_records_behind(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records that stay."""
     if not path.exists():
-        return
+        return []
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line).get("step", 0) <= step and step > 0:
-                kept.append(line + "\n")
+            record = json.loads(line)
         except ValueError:  # the last line of a run that was killed
             continue
-    path.write_text("".join(kept), encoding="utf-8")
+        if record.get("step", 0) <= step and step > 0:
+            kept.append(record)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+    return kept

@@ -1,5 +1,6 @@
 """The graph: MXNet's symbols without MXNet. See `symbol.op_table` for the vocabulary."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from symbol.graph import Group, Node, Prefix, Symbol, create, var
@@ -11,11 +12,13 @@ if TYPE_CHECKING:
 __all__ = ["Group", "Node", "Prefix", "Symbol", "create", "load_json", "lower", "var"]
 
 
-def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: tuple[int, ...]) -> "GraphModule":
+def lower(
+    symbol: Symbol, *, seed: int = 0, recompute: Sequence[tuple[int, int]] = (), **input_shapes: tuple[int, ...]
+) -> "GraphModule":
     """The graph as a torch module; see `symbol.lowering.lower`. Only this needs torch."""
     from symbol.lowering import lower as lower_to_torch
 
-    return lower_to_torch(symbol, seed=seed, **input_shapes)
+    return lower_to_torch(symbol, seed=seed, recompute=recompute, **input_shapes)
 
 
 def __getattr__(op: str) -> Any:

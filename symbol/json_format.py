@@ -1,8 +1,12 @@
-"""MXNet 1.9's JSON of a graph: written so that MXNet loads it, read with every claim of the file checked."""
+"""MXNet 1.9's JSON of a graph: written so that MXNet loads it, read with every claim of the file checked.
+
+Of a file only nodes and heads are believed: what else it says of them (arg_nodes, node_row_ptr) follows from them.
+"""
 
 from __future__ import annotations
 
 import json
+import reprlib
 from types import MappingProxyType
 from typing import Any
 
@@ -11,6 +15,9 @@ from symbol.graph import HIDDEN_ATTRIBUTES, VARIABLE, Entry, Node, Symbol
 from symbol.op_table import find_op
 
 MXNET_VERSION = 10901
+_MOST_NODES = 20_000  # the largest of our graphs has two thousand; what is done with a graph takes time by its nodes
+_MOST_CHARACTERS = 1000  # of a name or an attribute that an operator reads
+_shown = reprlib.Repr().repr  # short, however long or deep the value is
 
 
 def tojson(symbol: Symbol) -> str:
@@ -20,6 +27,8 @@ def tojson(symbol: Symbol) -> str:
     rows, row_ptr = [], [0]
     for node in nodes:
         attrs = {key: format_value(value) for key, value in node.attrs.items()} | dict(node.hints)
+        if node.op == "slice_axis":
+            attrs.setdefault("end", "None")  # MXNet wants it said
         row: dict[str, Any] = {"op": node.op, "name": node.name}
         if attrs:
             row["attrs"] = attrs
@@ -47,12 +56,14 @@ def load_json(text: str) -> Symbol:
         raise ValueError(f"not a symbol's JSON: {error}") from None
     if not isinstance(data, dict) or not isinstance(data.get("nodes"), list) or not data.get("heads"):
         raise ValueError("not a symbol's JSON: expected an object with a list 'nodes' and 'heads'")
+    if len(data["nodes"]) > _MOST_NODES:
+        raise ValueError(f"the graph has {len(data['nodes'])} nodes; expected {_MOST_NODES} at most")
     nodes: list[Node] = []
     for index, row in enumerate(data["nodes"]):
         nodes.append(_read_node(index, row, nodes))
     heads = data["heads"]
     if not isinstance(heads, list):
-        raise ValueError(f"heads: expected a list of [node, output, version], got {heads!r}")
+        raise ValueError(f"heads: expected a list of [node, output, version], got {_shown(heads)}")
     return Symbol(tuple(_read_entry("heads", head, nodes) for head in heads))
 
 
@@ -62,17 +73,24 @@ def _num_outputs(node: Node) -> int:
 
 def _read_node(index: int, row: Any, before: list[Node]) -> Node:
     if not isinstance(row, dict) or not isinstance(row.get("op"), str) or not isinstance(row.get("name"), str):
-        raise ValueError(f"node {index}: expected an object with the strings 'op' and 'name', got {str(row)[:80]}")
+        raise ValueError(f"node {index}: expected an object with the strings 'op' and 'name', got {_shown(row)}")
     op, name = row["op"], row["name"]
+    if max(len(op), len(name)) > _MOST_CHARACTERS:
+        raise ValueError(
+            f"node {index}: 'op' and 'name' have {len(op)} and {len(name)} characters; expected "
+            f"{_MOST_CHARACTERS} at most"
+        )
+    if not (op + name).isprintable():  # they are shown on terminals
+        raise ValueError(f"node {index}: 'op' and 'name' must be printable, got {_shown(op)} and {_shown(name)}")
     inputs = row.get("inputs", [])
     attrs: dict[str, str] = {}
     for key in ("param", "attr", "attrs"):  # old files: the operator's in param, hints in attr
         given = row.get(key, {})
         if not isinstance(given, dict) or not all(isinstance(v, str) for v in given.values()):
-            raise ValueError(f"node '{name}': {key} must map strings to strings, got {str(given)[:80]}")
+            raise ValueError(f"node '{name}': {key} must map strings to strings, got {_shown(given)}")
         attrs |= {f"__{k}__" if k in HIDDEN_ATTRIBUTES else k: v for k, v in given.items()}
     if not isinstance(inputs, list):
-        raise ValueError(f"node '{name}': inputs must be a list of [node, output, version], got {str(inputs)[:80]}")
+        raise ValueError(f"node '{name}': inputs must be a list of [node, output, version], got {_shown(inputs)}")
     entries = tuple(_read_entry(f"node '{name}'", entry, before) for entry in inputs)
     if op == VARIABLE:
         if entries:
@@ -83,11 +101,17 @@ def _read_node(index: int, row: Any, before: list[Node]) -> Node:
     except ValueError as error:
         raise ValueError(f"node '{name}': {error}") from None
     hints = {k: v for k, v in attrs.items() if k.startswith("__")}
-    typed = op_row.parse({k: v for k, v in attrs.items() if k not in hints}, name)
+    plain = {k: v for k, v in attrs.items() if k not in hints}
+    if long := [key for key, value in plain.items() if len(key) + len(value) > _MOST_CHARACTERS]:
+        raise ValueError(f"{op} '{name}': attribute {_shown(long[0])} is longer than {_MOST_CHARACTERS} characters")
+    try:
+        typed = op_row.parse(plain, name)
+    except ValueError as error:
+        raise ValueError(f"{error!s:.1500}") from None  # it repeats the value
     slots = op_row.input_names(op_row.defaults() | typed)
     if len(slots) != len(entries):
         raise ValueError(
-            f"{op} '{name}': takes {len(slots)} inputs ({', '.join(slots)}), the file gives {len(entries)}"
+            f"{op} '{name}': takes {len(slots)} inputs ({', '.join(slots[:8])}), the file gives {len(entries)}"
         )
     return Node(op_row.name, name, entries, MappingProxyType(typed), MappingProxyType(hints))
 
@@ -95,10 +119,12 @@ def _read_node(index: int, row: Any, before: list[Node]) -> Node:
 def _read_entry(where: str, entry: Any, before: list[Node]) -> Entry:
     valid = isinstance(entry, list) and len(entry) in (2, 3) and all(type(part) is int for part in entry)
     if not valid:
-        raise ValueError(f"{where}: expected [node, output, version], got {str(entry)[:80]}")
+        raise ValueError(f"{where}: expected [node, output, version], got {_shown(entry)}")
     node, output = entry[0], entry[1]
     if not 0 <= node < len(before):
-        raise ValueError(f"{where}: input node {node} does not come before it (there are {len(before)} nodes so far)")
+        raise ValueError(
+            f"{where}: input node {_shown(node)} does not come before it (there are {len(before)} nodes so far)"
+        )
     if not 0 <= output < len(before[node].output_names()):
-        raise ValueError(f"{where}: node '{before[node].name}' has no output {output}")
+        raise ValueError(f"{where}: node '{before[node].name}' has no output {_shown(output)}")
     return before[node], output

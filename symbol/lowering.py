@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import keyword
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from symbol import torch_ops
-from symbol.fusion import fuse_losses
+from symbol.activations import as_computed
 from symbol.graph import Entry, Node, Symbol
 from symbol.initializer import first_value
 from symbol.op_table import Shape, find_op
-from symbol.passes import hoist_bbox_norm
+from symbol.segment import Segment
 from symbol.shape import propagate
 from symbol.sync_batch_norm import sync_batch_norm
 
@@ -97,7 +98,9 @@ def _unfit_name(node: Node, inputs: list[str]) -> str | None:
     return None if fits and not taken else f"variable {name!r}: not usable as a name in Python; rename it"
 
 
-def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphModule:
+def lower(
+    symbol: Symbol, *, seed: int = 0, recompute: Sequence[tuple[int, int]] = (), **input_shapes: Shape
+) -> fx.GraphModule:
     """The graph as a module. Called with its inputs by name, it returns the outputs as a list.
 
     Parameters and auxiliary states are float32 under their MXNet names, initialised by their variables' `__init__` and
@@ -108,10 +111,12 @@ def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphMo
     To torch.export give the inputs in the order of the module's signature (`data` first, then that of list_inputs): it
     hands them to a GraphModule by position, whatever their names.
 
+    recompute: the segments of a plan of `symbol.recompute` for this graph; in training the backward pass computes them
+    again. Losses, gradients and statistics stay, bit for bit.
+
     Raises ValueError listing every node that cannot be lowered.
     """
-    symbol = hoist_bbox_norm(symbol)
-    fused = fuse_losses(symbol)  # what is computed; shapes and names are the unfused graph's
+    symbol, fused = as_computed(symbol)
     nodes = fused.nodes()
     inputs = sorted(symbol.list_inputs(), key=lambda name: name != "data")
     problems = [problem for node in nodes if (problem := unsupported(node) or _unfit_name(node, inputs))]
@@ -122,8 +127,12 @@ def lower(symbol: Symbol, *, seed: int = 0, **input_shapes: Shape) -> fx.GraphMo
     by_name = {node.name: node for node in nodes if node.is_variable}
     values: dict[Entry, fx.Node] = {(by_name[name], 0): graph.placeholder(name) for name in inputs}
     training = graph.create_node("get_attr", "training")
+    segments = _segments(fused, nodes, recompute)
+    inside = {node for segment in segments.values() for node in segment.operators}
     for node in nodes:
-        if (node, 0) not in values:
+        if node in segments:
+            _emit_segment(graph, root, segments[node], values, training)
+        elif node not in inside and (node, 0) not in values:
             _emit(graph, node, values, training)
     graph.output([values[entry] for entry in fused.entries])
     if not training.users:
@@ -149,6 +158,54 @@ def _emit(graph: fx.Graph, node: Node, values: dict[Entry, fx.Node], training: f
     else:
         for index in range(visible):
             values[node, index] = graph.call_function(operator.getitem, (result, index))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Operators in a row that become a Segment."""
+
+    name: str
+    operators: list[Node]
+    crossing: list[Entry]  # what they take of the graph's inputs and of operators before
+    parameters: list[Entry]
+    results: list[Entry]  # what is used of them elsewhere
+
+
+def _segments(symbol: Symbol, nodes: list[Node], recompute: Sequence[tuple[int, int]]) -> dict[Node, _Run]:
+    """The segments by their last operator."""
+    operators, inputs = [node for node in nodes if not node.is_variable], set(symbol.list_inputs())
+    found = {}
+    for number, (start, stop) in enumerate(recompute):
+        run, others = operators[start:stop], operators[:start] + operators[stop:]
+        assert run, f"a segment from {start} to {stop} of {len(operators)} operators"
+        members = set(run)
+        taken = dict.fromkeys(entry for node in run for entry in node.inputs if entry[0] not in members)
+        parameters = [(node, i) for node, i in taken if node.is_variable and node.name not in inputs]
+        used = dict.fromkeys([*(entry for node in others for entry in node.inputs), *symbol.entries])
+        # a dash: no variable has such a name
+        found[run[-1]] = _Run(
+            f"segment-{number}",
+            run,
+            [entry for entry in taken if entry not in parameters],
+            parameters,
+            [entry for entry in used if entry[0] in members],
+        )
+    return found
+
+
+def _emit_segment(graph: fx.Graph, root: nn.Module, run: _Run, values: dict[Entry, fx.Node], training: fx.Node) -> None:
+    body = fx.Graph()
+    inner_training = body.placeholder("training")
+    # names of nodes would become code
+    inner = {entry: body.placeholder(f"x{i}") for i, entry in enumerate([*run.crossing, *run.parameters])}
+    for node in run.operators:
+        _emit(body, node, inner, inner_training)
+    body.output(tuple(inner[entry] for entry in run.results))
+    root.add_module(run.name, Segment(fx.GraphModule(nn.Module(), body, "Body")))
+    arguments = [tuple(values[entry] for entry in entries) for entries in (run.crossing, run.parameters)]
+    called = graph.call_module(run.name, (training, *arguments))
+    for index, entry in enumerate(run.results):
+        values[entry] = graph.call_function(operator.getitem, (called, index))
 
 
 def _parameters(symbol: Symbol, inputs: list[str], input_shapes: Mapping[str, Shape], seed: int) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import MappingProxyType
+from typing import Literal
 
 from symbol.graph import Entry, Node, Symbol
 
@@ -32,13 +33,20 @@ def with_inputs(node: Node, inputs: tuple[Entry, ...]) -> Node:
     return node if same else Node(node.op, node.name, inputs, node.attrs, node.hints)
 
 
-def without_fp16(symbol: Symbol) -> Symbol:
-    """The same graph in float32 throughout: without its casts between float16 and float32."""
+def in_precision(symbol: Symbol, precision: Literal["float32", "float16", "bfloat16"]) -> Symbol:
+    """The same graph with another type where it says float16; for float32 without its casts from and to float16."""
+    if precision == "float16":
+        return symbol
 
     def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
-        if node.op == "Cast" and node.attrs["dtype"] in ("float16", "float32"):
-            return inputs[0]
-        return with_inputs(node, inputs)
+        kept = with_inputs(node, inputs)
+        if node.op != "Cast":
+            return kept
+        if precision == "float32":
+            return inputs[0] if node.attrs["dtype"] in ("float16", "float32") else kept
+        if node.attrs["dtype"] == "float16":
+            return Node(node.op, node.name, inputs, MappingProxyType({**node.attrs, "dtype": precision}), node.hints)
+        return kept
 
     return rewrite(symbol, replace)
 

@@ -11,6 +11,9 @@ from symbol.graph import Entry, Node, Symbol
 from symbol.op_table import Shape, find_op
 from symbol.shape_rules import RULES, MaybeShape, Shapes, merge
 
+_MOST_DIMS = 32  # MXNet's graphs have five
+_MOST_PASSES = 50  # ours need three or four
+
 
 def infer_shape(symbol: Symbol, given: Mapping[str, Shape]) -> tuple[list[Shape], list[Shape], list[Shape]]:
     """(argument, output, auxiliary) shapes; see `Symbol.infer_shape`."""
@@ -34,13 +37,15 @@ def propagate(symbol: Symbol, given: Mapping[str, Shape]) -> dict[Entry, Shape]:
     """What is known of every entry, unknown dimensions as 0. Hidden outputs are included."""
     nodes = symbol.nodes()
     known = _start(nodes, given)
-    changed = True
-    while changed:
+    nodes = [node for node in nodes if not node.is_variable]
+    for _ in range(_MOST_PASSES):
         changed = False
         for node in nodes:
-            if not node.is_variable:
-                changed |= _apply(node, known)
-    return known
+            changed |= _apply(node, known)
+        if not changed:
+            return known
+        nodes.reverse()  # what is known goes up or down a whole chain in one pass
+    raise ValueError(f"the shapes are still changing after {_MOST_PASSES} passes over the graph: give more of them")
 
 
 def _start(nodes: list[Node], given: Mapping[str, Shape]) -> dict[Entry, Shape]:
@@ -87,11 +92,16 @@ def _apply(node: Node, known: dict[Entry, Shape]) -> bool:
         said_ins, said_outs = RULES[node.op](node.full_attrs(), ins, outs)
     except ValueError as error:
         came = ", ".join(f"{slot} {shape}" for slot, shape in zip(slots, ins, strict=True))
-        raise ValueError(f"{node.op} '{node.name}': {error} (inputs: {came})") from None
+        raise ValueError(f"{node.op} '{node.name}': {error!s:.500} (inputs: {came:.500})") from None
     changed = False
     labels = [*slots, *row.outputs]
     for label, entry, said in zip(labels, [*node.inputs, *outputs], [*said_ins, *said_outs], strict=True):
         had = known.get(entry)
+        if said is not None and (len(said) > _MOST_DIMS or max(said, default=0) >= 2**63):
+            raise ValueError(
+                f"{node.op} '{node.name}': '{label}' would have {len(said)} sides; expected {_MOST_DIMS} at most, "
+                "each below 2^63"
+            )
         try:
             merged = merge(had, said)
         except ValueError:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from symbol.segment import once, recomputing
 from symbol.torch_ops import batch_norm
 
 
@@ -32,7 +33,8 @@ def sync_batch_norm(
     """`batch_norm` with the mean and biased variance of all processes' pixels; moving_mean and moving_var take them.
 
     All processes of the default group take part, those without images too: in training every one must come here
-    for the same layers in the same order. The attribute ndev has no say; a process alone computes `batch_norm`.
+    for the same layers in the same order. A recomputation takes the statistics of the first pass: it asks nobody.
+    The attribute ndev has no say; a process alone computes `batch_norm`.
     The gradients of gamma and beta are those of this process's pixels: summed over the processes they are the batch's.
     """
     if not training or use_global_stats or not _has_others():
@@ -45,10 +47,11 @@ def sync_batch_norm(
         )
     if fix_gamma:
         gamma = torch.ones_like(gamma)
-    count, mean, variance = _statistics(data.detach())
-    with torch.no_grad():
-        moving_mean.lerp_(torch.where(count > 0, mean, moving_mean), 1 - momentum)
-        moving_var.lerp_(torch.where(count > 0, variance, moving_var), 1 - momentum)
+    count, mean, variance = once(lambda: _statistics(data.detach()))
+    if not recomputing():
+        with torch.no_grad():
+            moving_mean.lerp_(torch.where(count > 0, mean, moving_mean), 1 - momentum)
+            moving_var.lerp_(torch.where(count > 0, variance, moving_var), 1 - momentum)
     out: Tensor = _Normalize.apply(data, gamma, beta, count, mean, variance, eps)
     return out
 

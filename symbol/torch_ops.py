@@ -6,6 +6,7 @@ N images, A anchors per cell, C channels or classes, H, W, K anchors of all leve
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from operator_cxx.reference.smooth_l1 import smooth_l1 as smooth_l1_op
 from operator_cxx.retina_decode import retina_decode
 from operator_cxx.smooth_l1 import smooth_l1_loss
 from symbol import shape_rules
+from symbol.segment import recomputing
 
 
 def convolution(
@@ -55,13 +57,15 @@ def batch_norm(
 ) -> Tensor:
     """Ioffe and Szegedy 2015. The moving variance takes the biased batch variance, as MXNet on a CPU does.
 
-    A batch of no images has no statistics: the moving ones stay as they are.
+    A batch of no images has no statistics: the moving ones stay as they are. A recomputation does not move them again.
     """
     if fix_gamma:
         gamma = torch.ones_like(gamma)
     if not training or use_global_stats or data.shape[0] == 0:
         return F.batch_norm(data, moving_mean, moving_var, gamma, beta, False, 0.0, eps)
     out, mean, inverse_std = torch.native_batch_norm(data, gamma, beta, None, None, True, 0.0, eps)
+    if recomputing():
+        return out
     with torch.no_grad():
         variance = inverse_std.pow(-2) - eps
         moving_mean.mul_(momentum).add_(mean, alpha=1 - momentum)
@@ -155,8 +159,8 @@ def _foreground_count(label: Tensor) -> Tensor:
 def make_loss(data: Tensor, *, grad_scale: float, normalization: str, valid_thresh: float) -> Tensor:
     """() from any shape: the sum, whose gradient is grad_scale everywhere."""
     total = data.sum() * grad_scale
-    if normalization == "batch":
-        return total / max(1, data.shape[0])
+    if normalization == "batch":  # MXNet counts rows: all dimensions but the last
+        return total / max(1, math.prod(data.shape[:-1]))
     if normalization == "valid":
         return total / (data > valid_thresh).sum().clamp(min=1)
     return total

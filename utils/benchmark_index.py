@@ -144,6 +144,8 @@ def main() -> None:
         print(f"  drawn in  {time.perf_counter() - start:8.2f} s", flush=True)
         print(f"  built in  {apart(timed_open, image_set, cache)}", flush=True)
         print(f"  opened in {apart(timed_open, image_set, cache)}", flush=True)
+        os.utime(image_set.image_dir, (0, 0))  # as if a file had come or gone: the images are looked for again
+        print(f"  ... after a change among the images in {apart(timed_open, image_set, cache)}", flush=True)
         alone, added = apart(worker_memory, image_set, cache, arguments.workers)
         print(
             f"  memory    {alone:8.0f} MiB of a process with the index, {arguments.workers} workers add {added:.0f} MiB"

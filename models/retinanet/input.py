@@ -137,26 +137,30 @@ class PyramidAnchorTarget2D:
 class AverageFgCount:
     """Replaces the foreground counts (N,) of images by what every device divides its losses by, N times, at least once.
 
-    That is the mean over the devices of a device's total, at least 1.
+    That is the mean, over the devices and the batches that each adds up for an update, of a batch's total; at least 1.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def apply(self, record: Record) -> None:
-        count = record[self.name]
-        mean = _mean_over_devices(count.sum())
-        # a process without images divides by it too
-        record[self.name] = mean.clamp(min=1).expand(max(1, len(count))).clone()
+        self.apply_all([record])
+
+    def apply_all(self, records: list[Record]) -> None:
+        mean = torch.stack([record[self.name].sum() for record in records]).mean()
+        mean = _mean_over_devices(mean).clamp(min=1)
+        for record in records:
+            # a batch without images is divided by it too
+            record[self.name] = mean.expand(max(1, len(record[self.name]))).clone()
 
 
-def _mean_over_devices(total: Tensor) -> Tensor:
+def _mean_over_devices(value: Tensor) -> Tensor:
     """The mean over all processes of the scalar that each holds: of one process, that scalar."""
     if not (dist.is_available() and dist.is_initialized()):
-        return total
-    total = total.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+        return value
+    value = value.clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
 
 
 def _is_channel_last(image: Tensor) -> bool:

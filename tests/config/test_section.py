@@ -47,7 +47,7 @@ def test_a_derived_field_is_refused_and_names_its_source() -> None:
     kvstore = schema.KvstoreParam()
     with pytest.raises(ValueError, match=r"batch_image follows from General.batch_image and cannot be set"):
         kvstore.batch_image = 2
-    with pytest.raises(ValueError, match=r"fp16 follows from General.fp16 and cannot be set"):
+    with pytest.raises(ValueError, match=r"fp16 follows from General.fp16 and bf16 and cannot be set"):
         schema.KvstoreParam(fp16=False)
     with pytest.raises(AttributeError, match=r"batch_image follows from General.batch_image and is not filled"):
         _ = kvstore.batch_image

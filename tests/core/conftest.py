@@ -1,4 +1,4 @@
-"""Small COCO data sets in a temporary folder."""
+"""Small COCO data sets in a temporary folder, and trainings on one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from config.load import format_config, load_config
+from config.schema import Config
+from core.detection_module import fit
 from core.image_set import ImageSet
+from tests.small_config import DEMO, SMALL_NETWORK
+from utils.make_demo_dataset import make_demo_dataset
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
 
@@ -55,3 +60,47 @@ def write_coco(tmp_path: Path) -> Callable[..., ImageSet]:
         return ImageSet(name, str(path), str(folder / "images"))
 
     return write
+
+
+SMALL = [
+    *SMALL_NETWORK,
+    "General.batch_image=4",
+    "General.log_frequency=2",
+    "TestParam.eval_epoch=0",
+    "OptimizeParam.optimizer.lr=0.01",
+    "OptimizeParam.schedule.end_epoch=3",
+    "OptimizeParam.schedule.lr_epoch=2",
+    "OptimizeParam.warmup.epoch=0.5",
+]
+
+Run = Callable[..., Config]
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
+    return root
+
+
+@pytest.fixture
+def load(data_root: Path, tmp_path: Path) -> Run:
+    """The small config with overrides. 9 images twice in batches of 4: 5 steps an epoch."""
+
+    def load(*overrides: str, name: str = "run") -> Config:
+        places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
+        return load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
+
+    return load
+
+
+@pytest.fixture
+def run(load: Run) -> Run:
+    """Trains the small config with overrides; `resume` and `name` as keywords."""
+
+    def train(*overrides: str, resume: bool = False, name: str = "run") -> Config:
+        config = load(*overrides, name=name)
+        fit(config, format_config(config), resume)
+        return config
+
+    return train

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from config.load import load_config
 from config.schema import Config
-from core.detection_module import build_trainer
 from core.gradients import GradientAverage
 from core.loader import make_train_loader
+from core.trainer import build_trainer
 from core.world import ALONE, World
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
@@ -36,8 +36,9 @@ def train(rank: int, size: int, steps: int, overrides: list[str]) -> dict[str, t
     trainer.module.double().register_forward_pre_hook(_widen, with_kwargs=True)
     buffers = trainer.optimizer._momentum_buffers
     buffers.update({name: buffer.double() for name, buffer in buffers.items()})
-    for step, batch in enumerate(loader):
-        trainer.step(batch, step)
+    batches = iter(loader)
+    for step in range(steps):
+        trainer.step([next(batches) for _ in range(loader.accumulate)], step)
     return {name: value.clone() for name, value in trainer.module.state_dict().items()}
 
 
@@ -63,6 +64,20 @@ def test_processes_train_as_one_with_all_their_images(overrides: list[str], size
         for name, value in one.items():
             torch.testing.assert_close(
                 state[name], value, rtol=1e-5, atol=1e-7, msg=lambda t, name=name: f"{name}: {t}"
+            )
+
+
+@pytest.mark.parametrize("size, accumulate, sync_loss", [(1, 4, True), (2, 2, True), (1, 4, False)])
+def test_batches_that_a_process_adds_up_are_as_many_processes(
+    overrides: list[str], size: int, accumulate: int, sync_loss: bool
+) -> None:
+    common = [*overrides, "NormalizeParam.type=localbn", f"RpnParam.sync_loss={sync_loss}", "General.batch_image=1"]
+    four = run_in_processes(train, 4, 6, [*common, "KvstoreParam.processes=4"], size=4)
+    adding = [*common, f"KvstoreParam.processes={size}", f"OptimizeParam.accumulate={accumulate}"]
+    for state in run_in_processes(train, size, 6, adding, size=size):
+        for name, value in four[0].items():
+            torch.testing.assert_close(
+                state[name], value, rtol=1e-7, atol=1e-9, msg=lambda t, name=name: f"{name}: {t}"
             )
 
 
@@ -96,3 +111,22 @@ def agreed(rank: int) -> tuple[bool, bool, list[float]]:
 def test_what_processes_ask_of_each_other() -> None:
     assert run_in_processes(agreed) == [(True, False, [0.5, 0.5, 5.0])] * 2
     assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+
+
+def heard(rank: int) -> list[list[str]]:
+    world = World(rank, dist.get_world_size())
+    rounds = []
+    for number in range(2):
+        for line in range(rank * (2 - number)):
+            world.tell(f"rank {rank} round {number} line {line}")
+        world.any(False)  # all have told
+        rounds.append(sorted(world.told()) if world.is_first else [])
+        world.any(False)
+    return rounds
+
+
+def test_the_first_process_hears_every_line_once() -> None:
+    first, *others = run_in_processes(heard, size=3)
+    told = [f"rank {rank} round 0 line {line}" for rank in (1, 2) for line in range(2 * rank)]
+    assert first == [told, ["rank 1 round 1 line 0", "rank 2 round 1 line 0", "rank 2 round 1 line 1"]]
+    assert others == [[[], []]] * 2

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,6 +153,109 @@ def test_missing_images_are_counted_and_named(write_coco: WriteCoco) -> None:
     for i in range(1, 8):
         (Path(image_set.image_dir) / f"{i}.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"7 of 9 images .*: 1\.png, 2\.png, .*5\.png, \.\.\.; .*--data-root"):
+        open_index(image_set)
+
+
+def settle(folder: Path, seconds: int = 60) -> None:
+    """As if nothing had changed in a folder for so long."""
+    then = time.time_ns() - seconds * 10**9
+    os.utime(folder, ns=(then, then))
+
+
+@pytest.fixture
+def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders that are listed."""
+    found: list[str] = []
+    listdir = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: (found.append(str(path)), listdir(path))[1])
+    return found
+
+
+def test_folders_that_have_not_changed_are_listed_once(write_coco: WriteCoco, listings: list[str]) -> None:
+    image_set = write_coco({"a.png": (2, 2), "sub/b.png": (2, 2)})
+    folders = [Path(image_set.image_dir), Path(image_set.image_dir, "sub")]
+    for folder in folders:
+        settle(folder)
+    open_index(image_set)
+    assert listings == [str(folder) for folder in folders]
+    open_index(image_set)
+    assert len(listings) == 2
+
+
+@pytest.mark.parametrize("victim", ["a.png", "sub/b.png"])
+def test_an_image_that_vanishes_after_a_good_check_is_missed(write_coco: WriteCoco, victim: str) -> None:
+    image_set = write_coco({"a.png": (2, 2), "sub/b.png": (2, 2)})
+    folder = Path(image_set.image_dir)
+    for place in (folder, folder / "sub"):
+        settle(place)
+    open_index(image_set)
+    (folder / victim).rename(folder / "elsewhere")
+    for _ in range(2):  # what was found missing is not remembered as found
+        with pytest.raises(FileNotFoundError, match=f"1 of 2 images .*: {victim};"):
+            open_index(image_set)
+    (folder / "elsewhere").rename(folder / victim)
+    open_index(image_set)
+
+
+def test_a_whole_folder_that_vanishes_is_missed(write_coco: WriteCoco) -> None:
+    image_set = write_coco({"sub/b.png": (2, 2)})
+    folder = Path(image_set.image_dir)
+    settle(folder / "sub")
+    settle(folder)
+    open_index(image_set)
+    (folder / "sub").rename(folder.parent / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="1 of 1 images"):
+        open_index(image_set)
+
+
+def test_a_folder_of_the_last_moments_is_listed_again(write_coco: WriteCoco, listings: list[str]) -> None:
+    image_set = write_coco(ONE)
+    for _ in range(2):  # a file may still vanish within the resolution of the time stamps
+        open_index(image_set)
+    assert len(listings) == 2
+
+
+def test_image_sets_that_share_a_json_have_folders_of_their_own(write_coco: WriteCoco, tmp_path: Path) -> None:
+    image_set = write_coco(ONE)
+    settle(Path(image_set.image_dir))
+    open_index(image_set)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError, match="1 of 1 images"):
+        open_index(ImageSet("other", image_set.annotation, str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"3", b'{"/none": 5}', b"\xff"])
+def test_a_damaged_note_of_the_folders_is_no_answer(
+    write_coco: WriteCoco, cache: Path, listings: list[str], content: bytes
+) -> None:
+    image_set = write_coco(ONE)
+    settle(Path(image_set.image_dir))
+    open_index(image_set)
+    (note,) = cache.glob("*/images-*.json")
+    note.write_bytes(content)
+    open_index(image_set)
+    assert len(listings) == 2
+
+
+def test_a_cache_that_takes_no_note_costs_a_listing_each_time(
+    write_coco: WriteCoco, listings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    image_set = write_coco(ONE)
+    settle(Path(image_set.image_dir))
+    monkeypatch.setattr(coco_index, "atomic_file", read_only)
+    for _ in range(2):
+        open_index(image_set)
+    assert len(listings) == 2
+
+
+def test_images_that_are_not_required_may_be_missing(write_coco: WriteCoco) -> None:
+    image_set = write_coco({"a.png": (2, 2), "b.png": (2, 2)})
+    Path(image_set.image_dir, "a.png").unlink()
+    assert open_index(image_set, require_images=False).num_image == 2
+    with pytest.raises(FileNotFoundError, match="1 of 2 images"):
         open_index(image_set)
 
 

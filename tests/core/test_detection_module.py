@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,69 +13,26 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from config.load import format_config, load_config
-from config.schema import Config
+from config.load import format_config
 from core import detection_module
 from core.checkpoint import latest, load_weights
-from core.detection_module import Trainer, fit
-from tests.small_config import DEMO, SMALL_NETWORK
-from utils.make_demo_dataset import make_demo_dataset
-
-SMALL = [
-    *SMALL_NETWORK,
-    "General.batch_image=4",
-    "General.log_frequency=2",
-    "TestParam.eval_epoch=0",
-    "OptimizeParam.optimizer.lr=0.01",
-    "OptimizeParam.schedule.end_epoch=3",
-    "OptimizeParam.schedule.lr_epoch=2",
-    "OptimizeParam.warmup.epoch=0.5",
-]
-
-Run = Callable[..., Config]
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
-    return root
-
-
-@pytest.fixture
-def load(data_root: Path, tmp_path: Path) -> Run:
-    """The small config with overrides. 9 images twice in batches of 4: 5 steps an epoch."""
-
-    def load(*overrides: str, name: str = "run") -> Config:
-        places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
-        return load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
-
-    return load
-
-
-@pytest.fixture
-def run(load: Run) -> Run:
-    """Trains the small config with overrides; `resume` and `name` as keywords."""
-
-    def train(*overrides: str, resume: bool = False, name: str = "run") -> Config:
-        config = load(*overrides, name=name)
-        fit(config, format_config(config), resume)
-        return config
-
-    return train
+from core.detection_module import fit
+from core.loader import Batch
+from core.trainer import Trainer
+from tests.core.conftest import Run
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process gets a real SIGINT in the middle of this step."""
     plain = Trainer.step
 
-    def interrupted(self: Trainer, batch: dict[str, Any], number: int) -> Any:
-        record = plain(self, batch, number)
+    def interrupted(self: Trainer, batches: list[Batch], number: int) -> Any:
+        record = plain(self, batches, number)
         if number == step:
             os.kill(os.getpid(), signal.SIGINT)
         return record
 
-    monkeypatch.setattr(detection_module.Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", interrupted)
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -136,12 +92,51 @@ def test_a_seed_repeats_and_another_differs(run: Run, tmp_path: Path) -> None:
 def test_a_finished_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-    for resume in (False, True):
-        with pytest.raises(ValueError, match=r"holds a finished run \(1 epochs\).*General.name"):
-            run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()", resume=resume)
+    with pytest.raises(ValueError, match=r"holds a finished run \(1 epochs\).*General.name"):
+        run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
     with pytest.raises(ValueError, match=r"not finished.*--resume"):
         run()
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("worker", [0, 1])
+@pytest.mark.parametrize("end_epoch", [1, 2])  # of a run of two
+def test_a_finished_run_resumes_to_nothing(run: Run, tmp_path: Path, end_epoch: int, worker: int) -> None:
+    common = ("OptimizeParam.schedule.lr_epoch=()", f"General.loader_worker={worker}")
+    run("OptimizeParam.schedule.end_epoch=2", *common)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*checkpoint*")}
+    curves = records(tmp_path / "run")
+    run(f"OptimizeParam.schedule.end_epoch={end_epoch}", *common, resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").glob("*checkpoint*")} == before
+    assert records(tmp_path / "run") == curves
+    assert "nothing is left to train" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = (
+        *("OptimizeParam.schedule.end_epoch=2", "OptimizeParam.schedule.lr_epoch=()"),
+        *("TestParam.eval_epoch=1", "TestParam.eval_image_set=demo_val"),
+    )
+    run(*common, name="whole")
+    whole = [record for record in records(tmp_path / "whole") if record.get("event") == "eval"]
+    assert [record["step"] for record in whole] == [5, 10]
+    plain = detection_module._evaluate
+
+    def killed(trainer: Trainer, step: int, *more: Any) -> None:
+        if step == cut:
+            raise KeyboardInterrupt
+        plain(trainer, step, *more)
+
+    for cut in (5, 10):
+        with monkeypatch.context() as patch:
+            patch.setattr(detection_module, "_evaluate", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run(*common, resume=cut > 5)
+    for _ in range(2):  # the second time there is nothing to make up for
+        run(*common, resume=True)
+    assert [record for record in records(tmp_path / "run") if record.get("event") == "eval"] == whole
 
 
 def test_resume_refuses_another_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,16 +154,16 @@ def test_resume_with_other_images_a_step_ends_the_epoch_with_those_left(
     seen: list[str] = []
     plain = Trainer.step
 
-    def recorded(self: Trainer, batch: dict[str, Any], number: int) -> Any:
-        seen.extend(batch["files"])
-        return plain(self, batch, number)
+    def recorded(self: Trainer, batches: list[Batch], number: int) -> Any:
+        seen.extend(path for batch in batches for path in batch["files"])
+        return plain(self, batches, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(detection_module.Trainer, "step", recorded)
+        patch.setattr(Trainer, "step", recorded)
         stop_at(patch, 1)
         run()
     assert len(seen) == 8
-    monkeypatch.setattr(detection_module.Trainer, "step", recorded)
+    monkeypatch.setattr(Trainer, "step", recorded)
     run("General.batch_image=2", resume=True)
     assert len(seen) == 3 * 18
     counts = {path: seen[:18].count(path) for path in seen}
@@ -279,3 +274,29 @@ def test_more_than_one_gpu_is_refused_with_the_command_to_use(run: Run, tmp_path
     with pytest.raises(ValueError, match="--gpus"):
         run("KvstoreParam.gpus=0,1")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_recomputes_ends_in_the_same_bytes(run: Run, tmp_path: Path) -> None:
+    run(name="storing")
+    run("ModelParam.memonger=True", name="recomputing")
+    storing, recomputing = (load_file(tmp_path / n / "checkpoint-0003.safetensors") for n in ("storing", "recomputing"))
+    assert storing.keys() == recomputing.keys()
+    assert all(torch.equal(storing[name], recomputing[name]) for name in storing)
+    assert "memonger: computed again up to" in (tmp_path / "recomputing" / "log.txt").read_text()
+
+
+def test_accumulating_is_a_step_of_more_images(run: Run, tmp_path: Path) -> None:
+    run("General.batch_image=2", "OptimizeParam.accumulate=2")
+    lines = records(tmp_path / "run")
+    assert [line["step"] for line in lines] == [
+        2,
+        4,
+        5,
+        6,
+        8,
+        10,
+        12,
+        14,
+        15,
+    ]  # 5 steps of 4 an epoch, as in batches of 4
+    assert "18 samples an epoch, 5 steps" in (tmp_path / "run" / "log.txt").read_text()

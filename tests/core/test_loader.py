@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,6 +256,7 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
         DatasetParam=SimpleNamespace(
             image_set=image_sets, data_root="data", flip=True, bad_image="stop", bad_image_limit=100
         ),
+        OptimizeParam=SimpleNamespace(accumulate=1),
         TestParam=SimpleNamespace(batch_image=2),
         ResizeParam=resize,
         transform=SimpleNamespace(sample=transforms(32, long)),
@@ -463,3 +468,45 @@ def test_images_that_were_not_padded_are_named(image_set: ImageSet) -> None:
     dataset = DetectionDataset([open_index(image_set)], [ReadRoiRecord()])
     with pytest.raises(ValueError, match=r"\.png: 'image' has the shapes .*should be Pad2DImageBbox"):
         list(TrainLoader(dataset, batch_image=8, square=True, num_worker=0, end_step=1))
+
+
+READ_BY_A_WORKER = """
+import os, signal, sys, threading, time
+from core.loader import _read
+class Reader:
+    skip = None
+    def __getitem__(self, part):
+        print(os.getpid(), flush=True)
+        {read}
+try:
+    list(_read(Reader(), [0], 1))
+except RuntimeError as error:
+    held = error
+"""
+
+
+def start_reading(read: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    script = READ_BY_A_WORKER.format(read=read)
+    return subprocess.Popen([sys.executable, "-c", script], env=environment, text=True, stdout=subprocess.PIPE)
+
+
+def test_a_process_ends_though_a_traceback_keeps_its_workers() -> None:
+    process = start_reading("raise RuntimeError('a bug')")
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_no_worker_outlives_a_process_that_is_killed() -> None:
+    with start_reading("time.sleep(1000)") as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+    for _ in range(200):
+        if not Path(f"/proc/{worker}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"worker {worker} is still there")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import symbol as S
-from core.network_table import memory_lines, network_table
+from core.network_table import network_table
 from symbol.layers import conv, max_pool, normalizer_factory, relu
 
 
@@ -36,13 +36,3 @@ def test_the_table_as_text_leaves_out_what_costs_nothing() -> None:
     lines = network_table(small_graph(), data=(1, 3, 8, 8)).lines()
     assert [line.split("  ")[0].strip() for line in lines] == ["stage", "stem", "backbone stage1", "head cls", "total"]
     assert lines[-1].split() == ["total", "383", "6,560"]
-
-
-def test_memory_is_weights_gradients_momentum_and_kept_activations() -> None:
-    table = network_table(small_graph(), data=(1, 3, 512, 512))
-    # kept: data, conv0's output, relu0's, conv1's, relu1's (for C6 and the fine head), C6's (for the coarse head)
-    kept = 3 * 512**2 + 2 * 4 * 256**2 + 2 * 8 * 256**2 + 8 * 128**2
-    assert table.activation_bytes == 4 * kept
-    lines = memory_lines(table, batch_image=10)
-    assert lines[3] == f"activations of 10 images: {40 * kept / 2**20:,.0f} MiB"
-    assert lines[-1].startswith(f"in all about {(12 * 383 + 40 * kept) / 2**20:,.0f} MiB")

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from core.pretrain import depth_of, find_backbone, load_backbone, read_backbone, rename_torchvision
+from core.pretrain import depth_of, find_backbone, load_backbone, read_backbone, rename_layer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fpn_128.json"
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -69,7 +69,7 @@ def golden_shapes() -> dict[str, tuple[int, ...]]:
 
 def expected_shapes(depth: int) -> dict[str, tuple[int, ...]]:
     """Our names of the backbone, for the depths that have no golden file."""
-    renamed = {rename_torchvision(name): shape for name, shape in torchvision_shapes(depth).items()}
+    renamed = {rename_layer(name): shape for name, shape in torchvision_shapes(depth).items()}
     return {name: shape for name, shape in renamed.items() if name is not None}
 
 
@@ -96,7 +96,7 @@ def expected_shapes(depth: int) -> dict[str, tuple[int, ...]]:
     ],
 )
 def test_names(theirs: str, ours: str | None) -> None:
-    assert rename_torchvision(theirs) == ours
+    assert rename_layer(theirs) == ours
 
 
 def test_torchvisions_resnet50_fills_the_original_backbone(tmp_path: Path) -> None:

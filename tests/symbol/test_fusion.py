@@ -46,7 +46,7 @@ def box_product(parts=None, weight=None, x=None):
 def losses_and_gradients(graph, monkeypatch, fused, **inputs):
     with monkeypatch.context() as patch:
         if not fused:
-            patch.setattr("symbol.lowering.fuse_losses", lambda symbol: symbol)
+            patch.setattr("symbol.activations.fuse_losses", lambda symbol: symbol)
         module = lower(graph, **SHAPE)
     outputs = module(**inputs)
     sum(outputs).backward()

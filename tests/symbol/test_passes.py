@@ -3,7 +3,7 @@ import torch
 
 import symbol as S
 from symbol import Group, lower, var
-from symbol.passes import hoist_bbox_norm, rewrite, without_fp16
+from symbol.passes import hoist_bbox_norm, in_precision, rewrite
 
 
 def ops(graph):
@@ -33,11 +33,11 @@ def test_a_rewrite_follows_every_output():
     assert graph.tojson() == text
 
 
-def test_without_fp16_removes_these_casts_alone():
+def test_in_float32_only_the_casts_of_float16_are_gone():
     x = S.Cast(var("x"), dtype="float16", name="half")
     x = S.Cast(conv(x, "c"), dtype="float32", name="full")
     graph = Group([S.Cast(x, dtype="int32", name="whole"), x])
-    plain = without_fp16(graph)
+    plain = in_precision(graph, "float32")
     assert ops(plain) == ["Convolution", "Cast"]
     assert plain.list_outputs() == ["whole_output", "c_output"]
     assert plain.list_arguments() == graph.list_arguments()
@@ -97,7 +97,7 @@ def test_a_loss_without_a_norm_stays():
 
 def gradient_of_weight(graph, monkeypatch=None):
     if monkeypatch is not None:
-        monkeypatch.setattr("symbol.lowering.hoist_bbox_norm", lambda symbol: symbol)
+        monkeypatch.setattr("symbol.activations.hoist_bbox_norm", lambda symbol: symbol)
     x = torch.arange(18.0).reshape(1, 2, 3, 3) / 18
     label = torch.tensor([[1.0, 0, 2, -1, 0, 0, 0, 0, 3]])
     module = lower(graph, x=x.shape)

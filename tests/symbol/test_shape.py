@@ -1,7 +1,9 @@
+import json
+
 import pytest
 
 import symbol as S
-from symbol import Group, var
+from symbol import Group, load_json, var
 from symbol.shape import propagate
 
 
@@ -131,3 +133,27 @@ def test_too_little_is_known():
 def test_contradictions(make, given, message):
     with pytest.raises(ValueError, match=message):
         make().infer_shape(**given)
+
+
+def chain(length: int) -> list[dict]:
+    nodes = [{"op": "null", "name": "x"}]
+    return nodes + [{"op": "MakeLoss", "name": f"n{i}", "inputs": [[i, 0]]} for i in range(length)]
+
+
+def test_a_shape_goes_up_a_long_chain_in_one_pass():
+    last = {"op": "elemwise_add", "name": "s", "inputs": [[2000, 0], [2001, 0]]}
+    known = {"op": "null", "name": "y", "attrs": {"__shape__": "(1, 2)"}}
+    graph = load_json(json.dumps({"nodes": [*chain(2000), known, last], "heads": [[2002, 0]]}))
+    assert graph.infer_shape() == ([(1, 2), (1, 2)], [(1, 2)], [])
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [{"op": "Concat", "attrs": {"num_args": "2", "dim": "0"}}, {"op": "Reshape", "attrs": {"shape": "(-2, 1)"}}],
+)
+def test_shapes_that_grow_without_end(attrs):
+    nodes = [{"op": "null", "name": "x"}]
+    nodes += [{**attrs, "name": f"n{i}", "inputs": [[i, 0]] * (2 if attrs["op"] == "Concat" else 1)} for i in range(99)]
+    graph = load_json(json.dumps({"nodes": nodes, "heads": [[99, 0]]}))
+    with pytest.raises(ValueError, match="expected 32 at most, each below 2"):
+        graph.infer_shape(x=(1, 2))

@@ -1,0 +1,159 @@
+"""What SimpleDet's config files import: recordings that stand in for its classes.
+
+Such a file builds its graph with `Detector().get_train_symbol(Backbone(BackboneParam), ...)` and its input with
+`[ReadRoiRecord(None), Norm2DImage(NormParam), ...]`. Here those calls only remember what they were called with, and
+`config.simpledet.translate` reads it. The names are served through the file's own `__import__`: nothing else sees them.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_SUPPORTED = (
+    "SimpleDet's files run where they use the detector RetinaNet, the backbones ResNetV1bFPN and "
+    "MSRAResNet<depth>V1bFPN, the necks NASFPNNeck, TopDownBottomUpFPNNeck, RetinaNetNeckWithBN and RetinaNetNeck, and "
+    "the heads RetinaNetHeadWithBN and RetinaNetHead"
+)
+MODULES = (
+    "mxnext.complicate",
+    "models.retinanet.builder",
+    "models.retinanet.input",
+    "models.retinanet.metric",
+    "models.NASFPN.builder",
+    "models.NASFPN.input",
+    "core.detection_input",
+    "core.detection_metric",
+)
+_PACKAGES = {module[: i + 1] for module in MODULES for i in range(len(module)) if module[i + 1 : i + 2] == "."}
+_SIMPLEDETS = ("mxnext", "models", "symbol", "core", "utils", "operator_py")
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """What `mxnext.complicate.normalizer_factory` is called with. The defaults are mxnext's."""
+
+    type: str = "local"
+    ndev: int | None = None
+    eps: float = 1e-5
+    mom: float = 0.9
+    lr_mult: float = 1.0
+    wd_mult: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """What a detector is asked for."""
+
+    detector: Part
+    parts: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """An instance of one of SimpleDet's classes: the class's module and name, and its arguments."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...]
+
+    def get_train_symbol(self, *parts: Any) -> Graph:
+        return Graph(self, parts)
+
+    def get_test_symbol(self, *parts: Any) -> Graph:
+        return Graph(self, parts)
+
+    def __str__(self) -> str:
+        return f"{self.module}.{self.name}"
+
+
+@dataclass(frozen=True)
+class _Class:
+    """One of SimpleDet's classes, as the file sees it."""
+
+    module: str
+    name: str
+
+    def __call__(self, *args: Any, **named: Any) -> Part:
+        return Part(self.module, self.name, (*args, *named.values()))
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        raise ValueError(f"a class of the file's own, derived from {self.name}, is not supported: {_SUPPORTED}")
+
+
+@dataclass(frozen=True)
+class _Served:
+    """A module, or a package of some, as the file sees it: every name of a module is a class."""
+
+    path: str
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        path = f"{self.path}.{name}"
+        if path in MODULES or path in _PACKAGES:
+            return _Served(path)
+        if self.path not in MODULES:
+            raise ValueError(unsupported(path))
+        if self.path == "mxnext.complicate":
+            if name != "normalizer_factory":
+                raise ValueError(unsupported(path))
+            return Normalizer
+        return _Class(self.path, name)
+
+
+def is_simpledet(tree: ast.Module) -> bool:
+    """Is this a SimpleDet config file: does it import mxnext, or does its get_config return a tuple?"""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mxnext":
+            return True
+        if isinstance(node, ast.Import) and any(one.name.partition(".")[0] == "mxnext" for one in node.names):
+            return True
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "get_config":
+            return any(isinstance(one, ast.Return) and isinstance(one.value, ast.Tuple) for one in ast.walk(node))
+    return False
+
+
+def file_builtins() -> dict[str, Any]:
+    """`__builtins__` for a SimpleDet file: Python's, but an `import` that knows its modules.
+
+    Importing one of SimpleDet's modules that is neither among them nor here raises ValueError.
+    """
+    return {**vars(builtins), "__import__": _import}
+
+
+def declared_classes(tree: ast.Module) -> dict[str, tuple[str, ...]]:
+    """The classes that get_config declares, with the names that each sets."""
+    found = {}
+    for function in tree.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "get_config":
+            for node in function.body:
+                if isinstance(node, ast.ClassDef):
+                    found[node.name] = tuple(_assigned(node))
+    return found
+
+
+def _assigned(node: ast.ClassDef) -> list[str]:
+    targets = [target for one in ast.walk(node) if isinstance(one, ast.Assign) for target in one.targets]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+    if level == 0 and (name in MODULES or name in _PACKAGES):
+        return _Served(name if fromlist else name.partition(".")[0])
+    real: Callable[..., Any] = builtins.__import__
+    try:
+        return real(name, globals, locals, fromlist, level)
+    except ModuleNotFoundError:
+        if level == 0 and name.partition(".")[0] in _SIMPLEDETS:
+            raise ValueError(unsupported(name)) from None
+        raise
+
+
+def unsupported(name: str) -> str:
+    """What to say of something of SimpleDet's that is not here."""
+    return f"{name} is not supported; {_SUPPORTED}"

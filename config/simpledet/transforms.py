@@ -1,0 +1,92 @@
+"""The transforms of a SimpleDet config file, and ours that do the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from config.NASFPN.recipe import retina_transform
+from config.schema import Config, Transform
+from config.simpledet.names import Part
+from core.detection_input import Resize2DImageBbox
+from models.NASFPN.input import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox
+
+# the file's resizing transform to that of training and that of testing
+RESIZES: dict[str, tuple[type, type]] = {
+    "RandResizeCrop2DImageBbox": (RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox),
+    "ResizeCrop2DImageBbox": (ResizeCrop2DImageBbox, ResizeCrop2DImageBbox),
+    "Resize2DImageBbox": (Resize2DImageBbox, Resize2DImageBbox),
+}
+_SECTIONS = {
+    "Norm2DImage": "NormParam",
+    "Pad2DImageBbox": "PadParam",
+    "PyramidAnchorTarget2D": "AnchorTarget2DParam",
+    **dict.fromkeys(RESIZES, "ResizeParam"),
+}
+_ALWAYS = ("ReadRoiRecord", "Norm2DImage", "ConvertImageFromHwcToChw", "RenameRecord")
+_TRAIN = ("Pad2DImageBbox", "PyramidAnchorTarget2D")
+_KNOWN = (*_ALWAYS, *_TRAIN, *RESIZES, "Flip2DImageBbox", "AverageFgCount")
+
+
+@dataclass
+class Input:
+    """What the transforms say."""
+
+    resize: str
+    flip: bool  # in training
+    average: bool  # the foreground counts, over the devices
+    sections: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_transform(transform: Any, is_train: bool) -> Input:
+    """Raises ValueError for a transform that is not here, or one that has to be there and is not."""
+    batch = []
+    if isinstance(transform, dict):
+        transform, batch = transform.get("sample", []), transform.get("batch", [])
+    parts = [*transform, *batch]
+    foreign = [one for one in parts if not isinstance(one, Part) or one.name not in _KNOWN]
+    if foreign:
+        raise ValueError(f"transform: {foreign[0]!s:.200} is not supported; supported are {', '.join(_KNOWN)}")
+    by_name = {part.name: part for part in parts}
+    resizes = [name for name in by_name if name in RESIZES]
+    missing = [name for name in (*_ALWAYS, *(_TRAIN if is_train else ())) if name not in by_name]
+    empty = [name for name, part in by_name.items() if name in _SECTIONS and not part.args]
+    if empty:
+        raise ValueError(f"transform: {empty[0]} needs its {_SECTIONS[empty[0]]}")
+    if missing or len(resizes) != 1:
+        missing += [] if resizes else [f"one of {', '.join(RESIZES)}"]
+        said = f"{', '.join(missing)} is missing" if missing else f"both {' and '.join(resizes)} are there"
+        raise ValueError(f"transform: {said}; SimpleDet's RetinaNet files show a complete list")
+    found = Input(
+        resize=resizes[0],
+        flip="Flip2DImageBbox" in by_name or not is_train,
+        average="AverageFgCount" in by_name,
+        sections={_SECTIONS[name]: part.args[0] for name, part in by_name.items() if name in _SECTIONS},
+    )
+    if by_name["ReadRoiRecord"].args not in ((), (None,)):
+        found.notes.append("ReadRoiRecord(gt_select): boxes and classes are read, nothing else")
+    if not found.flip:
+        found.notes.append("Flip2DImageBbox is not in transform: an epoch has every image once")
+    mapping = by_name["RenameRecord"].args
+    found.sections["RenameParam"] = type("RenameParam", (), {"mapping": mapping[0] if mapping else {}})
+    return found
+
+
+def file_transform(resize: str, fit: tuple[int, int], padded: tuple[int, int]) -> Callable[[Config, bool], Transform]:
+    """The recipe's transforms, but images are resized as the file's transform `resize` does, to fit into `fit` where
+    the input is `padded`. Both are (short, long); where an override changes the input, images are scaled to that."""
+    train, test = RESIZES[resize]
+    if fit == padded and train is RandResizeCrop2DImageBbox:
+        return retina_transform
+
+    def resized_transform(config: Config, is_train: bool) -> Transform:
+        param = config.ResizeParam
+        if (param.short, param.long) == padded:
+            param = replace(param, short=fit[0], long=fit[1])
+        transform = retina_transform(config, is_train)
+        transform.sample[1] = (train if is_train else test)(param)
+        return transform
+
+    return resized_transform

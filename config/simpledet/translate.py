@@ -1,0 +1,366 @@
+"""A SimpleDet config file, translated into our tree.
+
+Its get_config returns 13 values: nine classes (sections), transforms, names of data and labels, metrics. Most of their
+fields have the same name and meaning here and are taken over by that name. What is stated twice there follows from one
+field here: the two must agree. What is done in another way here, and what nobody reads, becomes a note of the log.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import models.NASFPN.builder as nasfpn
+import models.retinanet.builder as retinanet
+from config.NASFPN.recipe import retina_metric
+from config.schema import Config, Transform
+from config.section import assign, leaves
+from config.simpledet.fields import agree, fields, is_identity, number
+from config.simpledet.names import Graph, Normalizer, Part, declared_classes, unsupported
+from config.simpledet.schedule import Iterations
+from config.simpledet.transforms import file_transform, read_transform
+from core.image_set import resolve
+from symbol import Symbol
+
+SECTIONS = (
+    *("General", "KvstoreParam", "RpnParam", "RoiParam", "BboxParam"),
+    *("DatasetParam", "ModelParam", "OptimizeParam", "TestParam"),
+)
+_OTHERS = ("BackboneParam", "NeckParam", "NormParam", "ResizeParam", "PadParam", "AnchorTarget2DParam", "RenameParam")
+_RETURNED = "General, KvstoreParam, ..., TestParam, transform, data_name, label_name, metric_list"
+_BACKBONE = re.compile(r"MSRAResNet(18|34|50|101|152)V1bFPN")
+_BACKBONES = ("ResNetV1bFPN", "MSRAResNetV1bFPN")
+_NECKS = ("NASFPNNeck", "TopDownBottomUpFPNNeck", "RetinaNetNeckWithBN", "RetinaNetNeck")
+_HEADS = ("RetinaNetHeadWithBN", "RetinaNetHead")
+_NORMALIZERS = {"local": "localbn", "sync": "syncbn", "fix": "fixbn"}
+_ALWAYS = (
+    "data/cache/*.roidb is not read, nor any other pickle: images and boxes come from the image sets' COCO json",
+    "images are resized, cropped and flipped as uint8 by the workers; Norm2DImage, ConvertImageFromHwcToChw and "
+    "PyramidAnchorTarget2D then run on whole batches, on the training device",
+)
+
+
+@dataclass
+class Translation:
+    """The config, and what only its overrides or its graph can settle."""
+
+    config: Config
+    notes: list[str]
+    iterations: Iterations | None  # of training
+    fixed: tuple[str, ...]  # patterns of parameters that stay as loaded
+    excluded: tuple[str, ...]
+    memonger_until: str | None
+    label_name: Sequence[str]
+
+    def before_check(self, overrides: Sequence[str]) -> None:
+        """After the overrides: iterations become epochs of the images that these name."""
+        if self.iterations is not None:
+            self.notes += self.iterations.set_epochs(self.config, overrides)
+
+    def after_derive(self) -> None:
+        """With the graph: names of parameters, labels and nodes."""
+        model = self.config.ModelParam
+        pretrain, graph = model.pretrain, model.train_symbol
+        if pretrain.fixed_param == self.fixed:
+            pretrain.fixed_param = _fixed_names(graph.list_arguments(), self.fixed, self.excluded)
+        if model.memonger_until == self.memonger_until and model.memonger_until not in (None, *_operators(graph)):
+            self.notes.append(
+                f"ModelParam.memonger_until = {model.memonger_until!r:.100} is not read: no operator is named so; "
+                "what is computed again is what makes the memory smallest"
+            )
+            model.memonger_until = None
+        unknown = [name for name in self.label_name if name not in graph.list_inputs()]
+        if unknown:
+            self.notes.append(f"label_name: {', '.join(unknown)} not read: the graph has no such input")
+
+
+def translate(result: tuple[Any, ...], is_train: bool, tree: ast.Module) -> Translation:
+    """What a SimpleDet file's get_config(is_train) returned, as our config; `tree` is the file's source.
+
+    Raises ValueError where it contradicts itself, and where it asks for what is not here.
+    """
+    if len(result) != 13:
+        raise ValueError(f"get_config: expected the 13 values that SimpleDet takes ({_RETURNED}), got {len(result)}")
+    return _Reader(result, is_train).read(tree)
+
+
+class _Reader:
+    """Takes field after field out of what the file states; what is left in the end is reported."""
+
+    def __init__(self, result: tuple[Any, ...], is_train: bool) -> None:
+        self.is_train = is_train
+        self.config = Config()
+        self.notes: list[str] = list(_ALWAYS)
+        *sections, transform, self.data_name, self.label_name, self.metrics = result
+        self.given: dict[str, Any] = {}  # what is still to be read: dotted key to value
+        for name, section in zip(SECTIONS, sections, strict=True):
+            self._add(name, section)
+        self.graph = self._take_graph()
+        for name, part in zip(("BackboneParam", "NeckParam"), self.graph.parts, strict=False):
+            self._add(name, _only_argument(part, name))
+        if _only_argument(self.graph.parts[2], "RpnParam") is not sections[2]:
+            raise ValueError("RpnParam: the head was built from another class than the one that get_config returns")
+        self.input = read_transform(transform, is_train)
+        for name, section in self.input.sections.items():
+            self._add(name, section)
+
+    def read(self, tree: ast.Module) -> Translation:
+        for step in (self._copies, self._normalizer, self._network, self._anchors, self._input, self._run, self._test):
+            step()
+        iterations = self._optimizer()
+        fixed, excluded = self._pretrain()
+        self._take_over()
+        self._report_undeclared(tree)
+        until = self.config.ModelParam.memonger_until
+        return Translation(self.config, self.notes, iterations, fixed, excluded, until, self.label_name)
+
+    def _add(self, name: str, section: Any) -> None:
+        """None is what SimpleDet reads where a file says nothing."""
+        self.given |= {key: value for key, value in fields(name, section) if value is not None}
+
+    def _take(self, key: str, default: Any = None) -> Any:
+        return self.given.pop(key, default)
+
+    def _set(self, key: str) -> Any:
+        """Takes over a field of the same name here; its value now, with the type that it has here."""
+        path, _, name = key.rpartition(".")
+        section = attrgetter(path)(self.config)
+        if key in self.given:
+            assign(section, name, self._take(key), key)
+        return getattr(section, name)
+
+    def _take_graph(self) -> Graph:
+        wanted = "train_symbol" if self.is_train else "test_symbol"
+        graph = self._take(f"ModelParam.{wanted}")
+        self._take("ModelParam.test_symbol" if self.is_train else "ModelParam.train_symbol")
+        is_known = isinstance(graph, Graph) and len(graph.parts) == 3 and graph.detector.name == "RetinaNet"
+        if not is_known or not all(isinstance(part, Part) for part in graph.parts):
+            raise ValueError(
+                f"ModelParam.{wanted}: expected RetinaNet().get_{wanted}(backbone, neck, head), "
+                f"got something else: {unsupported(_show_graph(graph))}"
+            )
+        return graph
+
+    def _copies(self) -> None:
+        """Fields that repeat another section's."""
+        for name in ("fp16", "batch_image"):
+            source = f"General.{name}"
+            value = self._set(source)
+            for key in [key for key in self.given if key.endswith(f".{name}")]:
+                agree(key, self._take(key), source, value)
+        if not self.is_train:
+            self.config.TestParam.batch_image = self.config.General.batch_image
+
+    def _normalizer(self) -> None:
+        used = {key: self._take(key) for key in list(self.given) if key.endswith(".normalizer")}
+        if not used:
+            return
+        first, normalizer = next(iter(used.items()))
+        for key, value in used.items():
+            agree(key, value, first, normalizer)
+        if not isinstance(normalizer, Normalizer):
+            raise ValueError(f"{first}: expected mxnext.complicate.normalizer_factory(...), got {normalizer!r:.200}")
+        target, type = self.config.NormalizeParam, _NORMALIZERS.get(normalizer.type, normalizer.type)
+        assign(target, "type", type, "normalizer_factory(type)")
+        assign(target, "wd_mult", normalizer.wd_mult, "normalizer_factory(wd_mult)")
+        assign(target, "momentum", normalizer.mom, "normalizer_factory(mom)")
+        num_gpu = len(self._set("KvstoreParam.gpus"))
+        if type == "syncbn" and normalizer.ndev != num_gpu:
+            self.notes.append(
+                f"normalizer_factory(ndev={normalizer.ndev}), but KvstoreParam.gpus names {num_gpu}: batch statistics "
+                "are those of all processes"
+            )
+        for name, value, here in (("eps", normalizer.eps, 1e-5), ("lr_mult", normalizer.lr_mult, 1.0)):
+            if not math.isclose(value, here, rel_tol=1e-3):
+                self.notes.append(f"normalizer_factory({name}={value}) is not read: it is {here} here")
+
+    def _network(self) -> None:
+        model, (backbone, neck, head) = self.config.ModelParam, self.graph.parts
+        model.detector = retinanet.RetinaNet
+        depth = _BACKBONE.fullmatch(backbone.name)
+        if depth:
+            self.given["BackboneParam.depth"] = int(depth[1])
+        model.backbone = _class(backbone, _BACKBONES, "ResNetV1bFPN" if depth else backbone.name, "backbone")
+        model.neck = _class(neck, _NECKS, neck.name, "neck")
+        model.head = _class(head, _HEADS, head.name, "head")
+        if issubclass(model.neck, retinanet.RetinaNetNeck):
+            self.config.NeckParam.num_stage = 1
+
+    def _anchors(self) -> None:
+        """Anchors are declared in RpnParam for the graph, and in AnchorTarget2DParam for the targets."""
+        generate = "AnchorTarget2DParam.generate."
+        for name, twin in {"scale": "scales", "ratio": "aspects", "stride": "stride"}.items():
+            key = f"RpnParam.anchor_generate.{name}"
+            value, copy = self._set(key), self._take(generate + twin)
+            if copy is not None:
+                agree(generate + twin, copy, key, value)
+        for side in ("short", "long"):
+            key = f"ResizeParam.{side}"
+            value, copy = self._set(key), self._take(generate + side)
+            if copy is not None:
+                wanted = tuple(math.ceil(value / stride) for stride in self.config.RpnParam.anchor_generate.stride)
+                agree(generate + side, copy, f"{key} ({value}) over the strides", wanted)
+        sample = "AnchorTarget2DParam.sample."
+        for key in (f"{sample}image_anchor", f"{sample}pos_fraction", "RpnParam.anchor_generate.image_anchor"):
+            self._replace(key, "no anchor is sampled, the focal loss learns from all of them")
+
+    def _input(self) -> None:
+        self.notes += self.input.notes
+        param = self.config.ResizeParam
+        for side in ("short", "long"):
+            pad = self._take(f"PadParam.{side}")
+            if pad is not None:
+                agree(f"PadParam.{side}", pad, f"ResizeParam.{side}", getattr(param, side))
+        sync_loss = self._set("RpnParam.sync_loss")
+        if self.is_train and self.input.average != sync_loss:
+            there = "is" if self.input.average else "is not"
+            raise ValueError(
+                f"RpnParam.sync_loss is {sync_loss}, but AverageFgCount {there} in transform: the loss divides by what "
+                "that averages; have both or neither"
+            )
+        self.config.DatasetParam.flip = self.input.flip
+        self.config.get_transform, self.config.get_metric = self._padded_input(), retina_metric
+        foreign = [str(one) for one in self.metrics if getattr(one, "name", None) != "FGAccMetric"]
+        if foreign:
+            self.notes.append(f"metric_list: {', '.join(foreign)} not computed, only FGAccMetric is")
+
+    def _padded_input(self) -> Callable[[Config, bool], Transform]:
+        """Sides that are no multiples of the coarsest stride are padded to the next."""
+        param, coarsest = self.config.ResizeParam, max(self.config.RpnParam.anchor_generate.stride)
+        fit = (param.short, param.long)
+        param.short, param.long = (-(-side // coarsest) * coarsest for side in fit)
+        padded = (param.short, param.long)
+        if fit != padded:
+            self.notes.append(
+                f"ResizeParam: images are scaled to fit {fit[0]} x {fit[1]} and padded to {padded[0]} x {padded[1]}, "
+                f"multiples of {coarsest}"
+            )
+        return file_transform(self.input.resize, fit, padded)
+
+    def _run(self) -> None:
+        if self.given.get("KvstoreParam.kvstore") == "nccl":
+            self.given["KvstoreParam.kvstore"] = "device"  # NCCL serves GPUs anyway
+        if self.config.General.fp16:
+            self.notes.append(
+                "General.fp16: the losses are not scaled by a fixed 128; where float16 is used, the scale adapts itself"
+            )
+        if self._take("ModelParam.random"):
+            self.notes.append("ModelParam.random: what is random follows from General.seed, not from the time")
+        if not self.given.get("ModelParam.memonger"):
+            self._take("ModelParam.memonger_until")
+
+    def _optimizer(self) -> Iterations | None:
+        schedule = "OptimizeParam.schedule."
+        images = max(1, len(self._set("KvstoreParam.gpus"))) * max(1, self.config.General.batch_image)
+        if self._take("OptimizeParam.optimizer.lr_mode", "step") != "step":
+            raise ValueError("OptimizeParam.optimizer.lr_mode: expected 'step', the only schedule here")
+        lr, warmup_lr = self._take("OptimizeParam.optimizer.lr"), self._take("OptimizeParam.warmup.lr")
+        if lr is not None:
+            self.config.OptimizeParam.optimizer.lr_per_image = number(lr, "OptimizeParam.optimizer.lr") / images
+            if warmup_lr is not None:
+                self.config.OptimizeParam.warmup.lr_factor = number(warmup_lr, "OptimizeParam.warmup.lr") / lr
+        self._replace(f"{schedule}begin_epoch", "--resume goes on from the newest checkpoint", quiet=0)
+        steps, warmup_step = self._take(f"{schedule}lr_iter", ()), self._take("OptimizeParam.warmup.iter") or 0
+        if not self.is_train:
+            self.given |= {f"{schedule}lr_epoch": (), "OptimizeParam.warmup.epoch": 0.0}
+            return None
+        if not all(isinstance(step, int | float) for step in (*steps, warmup_step)):
+            raise ValueError(f"{schedule}lr_iter and warmup.iter: expected numbers of iterations, got {steps!r:.200}")
+        return Iterations(tuple(round(one) for one in steps), round(warmup_step), images)
+
+    def _pretrain(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        prefix = "ModelParam.pretrain."
+        self._replace(f"{prefix}epoch", f"the file is looked for by {prefix}prefix", quiet=0)
+        if self.given.get(f"{prefix}prefix") == f"pretrain_model/resnet{self._set('BackboneParam.depth')}_v1b":
+            self._take(f"{prefix}prefix")  # the default, which follows the depth
+        excluded = tuple(self._take(f"{prefix}excluded_param") or ())
+        self.given[f"{prefix}fixed_param"] = self._take(f"{prefix}fixed_param") or ()
+        return self._set(f"{prefix}fixed_param"), excluded
+
+    def _test(self) -> None:
+        for name, arguments in (("process_roidb", 1), ("process_output", 2)):
+            process = self._take(f"TestParam.{name}")
+            if process is not None and not is_identity(process, arguments):
+                self.notes.append(f"TestParam.{name} is not called: every image is tested once, at one scale")
+        run, prefix = self.given.get("General.name"), self._take("TestParam.model.prefix")
+        if prefix is not None and run is not None and prefix != f"experiments/{run}/checkpoint":
+            self.notes.append(f"TestParam.model.prefix {prefix!r} is not read: name a file with --checkpoint FILE")
+        if self.given.get("TestParam.model.epoch") == self.given.get("OptimizeParam.schedule.end_epoch"):
+            self._take("TestParam.model.epoch")  # the newest checkpoint is that, once the training is over
+        nms = self.given.get("TestParam.nms.type")
+        if callable(nms):
+            raise ValueError("TestParam.nms.type: expected 'nms', 'soft_linear' or 'soft_gaussian', got a function")
+        annotation = self._take("TestParam.coco.annotation")
+        if annotation is not None and not self.is_train:
+            self._compare_annotation(annotation)
+
+    def _compare_annotation(self, annotation: Any) -> None:
+        given = self.given.get("DatasetParam.image_set", ())
+        sets = [resolve(one, "data") for one in ((given,) if isinstance(given, str) else given)]
+        if Path(str(annotation)).name not in [Path(one.annotation).name for one in sets]:
+            self.notes.append(
+                f"TestParam.coco.annotation {annotation!r} is not read: {', '.join(one.name for one in sets)} is "
+                f"evaluated with its own annotations; --set TestParam.coco.annotation=FILE names others"
+            )
+
+    def _replace(self, key: str, instead: str, quiet: Any = None) -> None:
+        value = self._take(key, quiet)
+        if value != quiet:
+            self.notes.append(f"{key} = {value!r:.100} is not read: {instead}")
+
+    def _take_over(self) -> None:
+        """What is left: fields of the same name here, and those that nobody reads."""
+        known = {key: section for key, section, entry in leaves(self.config) if "derived" not in entry.metadata}
+        for key, value in self.given.items():
+            if key in known:
+                assign(known[key], key.rpartition(".")[2], value, key)
+            else:
+                siblings = [one for one in known if one.rpartition(".")[0] == key.rpartition(".")[0]]
+                near = difflib.get_close_matches(key, siblings, 1, 0.8)
+                hint = f"; did you mean {near[0].rpartition('.')[2]}?" if near else ""
+                self.notes.append(f"{key} = {value!r:.100} is not read: there is no such setting{hint}")
+
+    def _report_undeclared(self, tree: ast.Module) -> None:
+        """Classes of get_config that reach nobody. NormalizeParam is there for the file's own use of its normalizer."""
+        for name, assigned in declared_classes(tree).items():
+            lost = [field for field in assigned if (name, field) != ("NormalizeParam", "normalizer")]
+            if name not in (*SECTIONS, *_OTHERS) and lost:
+                self.notes.append(f"{name}.{', '.join(lost)} not read: the file itself may, nothing else does")
+
+
+def _only_argument(part: Part, name: str) -> Any:
+    if len(part.args) != 1:
+        raise ValueError(f"{part}: expected it to be built from {name}, got {len(part.args)} arguments")
+    return part.args[0]
+
+
+def _class(part: Part, known: Sequence[str], name: str, what: str) -> type:
+    if name not in known:
+        raise ValueError(unsupported(f"the {what} {part}"))
+    found: type = getattr(nasfpn, name, None) or getattr(retinanet, name)
+    return found
+
+
+def _fixed_names(names: Sequence[str], patterns: Sequence[str], excluded: Sequence[str]) -> tuple[str, ...]:
+    """SimpleDet's patterns may stand anywhere in a parameter's name, ours at its start: as names where that differs."""
+    chosen = [name for name in names if any(one in name for one in patterns)]
+    kept = tuple(name for name in chosen if not any(one in name for one in excluded))
+    plain = [name for name in names if name.startswith(tuple(patterns))]
+    return tuple(patterns) if list(kept) == plain else kept
+
+
+def _operators(graph: Symbol) -> list[str]:
+    return [node.name for node in graph.nodes() if not node.is_variable]
+
+
+def _show_graph(graph: Any) -> str:
+    if not isinstance(graph, Graph):
+        return f"{graph!r:.200}"
+    return f"{graph.detector} of {', '.join(str(part) for part in graph.parts)}"

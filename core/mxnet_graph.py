@@ -1,0 +1,110 @@
+"""Graphs on MXNet's own executor: what the MXNet engine and its checks share. Needs MXNet 1.9 when called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+import symbol as S
+from core.schedule import LrSchedule
+from operator_cxx.mxnet_ops import load_mxnet
+from symbol import Symbol
+
+
+def load_symbol(graph: Symbol) -> Any:
+    """The graph as mx.sym.Symbol, with our operators as MXNet's."""
+    return load_mxnet().sym.load_json(graph.tojson())
+
+
+def with_loss_heads(graph: Symbol) -> Symbol:
+    """The graph with a MakeLoss over every focal loss at its head.
+
+    MXNet asks for a head gradient of every output but those of its own losses, which do not include operators of a
+    library. MakeLoss is one; its value is that of its input, and the focal loss does not look at the gradient.
+    """
+    heads = [
+        S.MakeLoss(head, name=f"{head.name}_head") if head.entries[0][0].op == "_contrib_FocalLoss" else head
+        for head in graph
+    ]
+    return S.Group(heads)
+
+
+class RateOfStep:
+    """A schedule as MXNet's optimizer asks for it: by the number of updates, counted from 1."""
+
+    def __init__(self, schedule: LrSchedule) -> None:
+        self.schedule = schedule
+        self.base_lr = schedule.lr  # the optimizer sets it
+
+    def __call__(self, num_update: int) -> float:
+        return self.schedule.lr_at(num_update - 1)
+
+
+def bind_module(
+    graph: Symbol,
+    shapes: Mapping[str, tuple[int, ...]],
+    state: Mapping[str, np.ndarray],
+    *,
+    contexts: Sequence[Any] | None = None,
+    fixed: Sequence[str] = (),
+    training: bool = True,
+    dtypes: Mapping[str, str] = MappingProxyType({}),
+    watched: Sequence[str] = (),
+) -> Any:
+    """A bound mx.mod.Module with the weights and statistics of `state`, by name.
+
+    shapes: of all of the graph's inputs; `data` first, the others in the graph's order become its labels.
+    fixed: names of parameters that are not trained. dtypes: of inputs that are not float32. watched: names of internal
+    outputs that become outputs behind those of the graph; no gradient passes them.
+    """
+    mx = load_mxnet()
+    labels = [name for name in graph.list_inputs() if name != "data"]
+    symbol = load_symbol(with_loss_heads(graph) if training else graph)
+    if watched:
+        internals = symbol.get_internals()
+        symbol = mx.sym.Group([symbol, *(mx.sym.BlockGrad(internals[name]) for name in watched)])
+    module = mx.mod.Module(
+        symbol,
+        data_names=["data"],
+        label_names=labels,
+        context=list(contexts or [mx.cpu()]),
+        fixed_param_names=list(fixed),
+    )
+    described = [mx.io.DataDesc(name, shapes[name], dtypes.get(name, "float32")) for name in ["data", *labels]]
+    module.bind(described[:1], described[1:] or None, for_training=training)
+    auxiliary = set(graph.list_auxiliary_states())
+    arrays = {name: mx.nd.array(value, dtype=value.dtype) for name, value in state.items()}
+    module.init_params(
+        arg_params={name: value for name, value in arrays.items() if name not in auxiliary},
+        aux_params={name: value for name, value in arrays.items() if name in auxiliary},
+    )
+    return module
+
+
+def executor_gradients(module: Any) -> dict[str, np.ndarray]:
+    """The gradients of the last backward pass on the module's first device, by parameter name."""
+    (first, *_) = module._exec_group.execs
+    return {name: grad.asnumpy() for name, grad in first.grad_dict.items() if grad is not None}
+
+
+def state_of(module: Any) -> dict[str, np.ndarray]:
+    """Weights and statistics by name. BatchNorm's backward pass moves the statistics, and MXNet does not know that
+    reading them has to wait for it: everything is waited for."""
+    load_mxnet().nd.waitall()
+    arguments, auxiliary = module.get_params()
+    return {name: value.asnumpy() for name, value in {**arguments, **auxiliary}.items()}
+
+
+def loss_values(graph: Symbol, module: Any, label: np.ndarray) -> list[float]:
+    """The losses of the last forward pass, as the lowered graph has them.
+
+    In MXNet _contrib_BBoxNorm divides a loss's gradient, not its value: that is done here.
+    """
+    divisor = float((label >= 1).sum() + 1)
+    outputs = module.get_outputs()[: len(graph)]
+    values = [float(output.asnumpy().sum(dtype=np.float64)) for output in outputs]
+    normed = [any(node.op == "_contrib_BBoxNorm" for node in head.nodes()) for head in graph]
+    return [value / divisor if is_normed else value for value, is_normed in zip(values, normed, strict=True)]

@@ -1,0 +1,68 @@
+"""Out of memory in a training step: what the step needed, and the ways out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from core.device import peak_memory
+from core.precision import precision
+from core.step_memory import step_memory
+from symbol.passes import in_precision
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+@contextmanager
+def explained_memory(config: Config, device: torch.device, step: int) -> Iterator[None]:
+    """Turns torch's error of memory that is not there, on GPU or CPU, into a MemoryError that says what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_of_memory(error):
+            raise
+        raise MemoryError(_explanation(config, device, step, str(error))) from error
+
+
+def _is_of_memory(error: RuntimeError) -> bool:
+    # the CPU's allocator has no error of its own
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _explanation(config: Config, device: torch.device, step: int, error: str) -> str:
+    batch, resize = config.General.batch_image, config.ResizeParam
+    wanted = re.search(r"allocate ([\d.]+ \w+)", error)  # "20.00 MiB" of a GPU, "1234 bytes" of a CPU
+    asked = f"it asked for {wanted[1]} more" if wanted else "it asked for more"
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    computed = in_precision(config.ModelParam.train_symbol, precision(config.General, device)[0])
+    count = step_memory(computed, config.ModelParam, batch, resize.short, resize.long).total_bytes
+    return (
+        f"out of memory at step {step} on {where}: {asked}, the most in use so far was "
+        f"{peak_memory(device) / 2**20:,.0f} MiB. A step of {batch} images of {resize.short} x {resize.long} needs at "
+        f"least {count / 2**20:,.0f} MiB (--dry-run lists it). Three ways out: smaller batches for the same "
+        f"update ({_smaller_batch(config)}), recomputing instead of storing ({_memonger(config)}), a smaller input "
+        f"({_smaller_input(config)})"
+    )
+
+
+def _smaller_batch(config: Config) -> str:
+    """The same update in more and smaller batches."""
+    batch, accumulate = config.General.batch_image, config.OptimizeParam.accumulate
+    if batch == 1:
+        return "a batch is one image already"
+    factor = next(factor for factor in range(2, batch + 1) if batch % factor == 0)
+    return f"--set General.batch_image={batch // factor} --set OptimizeParam.accumulate={accumulate * factor}"
+
+
+def _memonger(config: Config) -> str:
+    return "ModelParam.memonger is on" if config.ModelParam.memonger else "--set ModelParam.memonger=True"
+
+
+def _smaller_input(config: Config) -> str:
+    short, long = (max(128, side - 128) for side in (config.ResizeParam.short, config.ResizeParam.long))
+    return f"--set ResizeParam.short={short} --set ResizeParam.long={long}"

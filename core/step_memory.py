@@ -1,0 +1,91 @@
+"""The memory of a training step, and what is computed again so that it fits (memonger).
+
+Counted are weights, gradients, momentum and the activations that stay for the backward pass. On top come workspaces of
+convolutions, gradients of activations on their way, the batch and the outputs that are watched.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from symbol import Symbol
+from symbol.activations import Activations, activations
+from symbol.recompute import Plan, smallest, within
+
+if TYPE_CHECKING:
+    from config.schema import ModelParam
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step of `batch_image` images holds on a device."""
+
+    batch_image: int
+    num_parameter: int
+    counted: Activations
+    plan: Plan | None = None
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Weights, gradients and momentum, in float32."""
+        return 12 * self.num_parameter
+
+    @property
+    def total_bytes(self) -> int:
+        return self.parameter_bytes + (self.plan.peak_bytes if self.plan is not None else self.counted.kept_bytes)
+
+    def lines(self) -> list[str]:
+        """By kind, and with a plan the effect of it."""
+        kept = self.counted.kept_bytes
+        each = f"{4 * self.num_parameter / MIB:,.0f} MiB"
+        lines = [f"weights: {each}", f"gradients: {each}", f"momentum: {each}"]
+        lines.append(f"activations of {self.batch_image} images: {kept / MIB:,.0f} MiB")
+        lines.append(f"in all about {(self.parameter_bytes + kept) / MIB:,.0f} MiB")
+        if self.plan is not None:
+            lines += [self.plan.describe(), f"with memonger in all about {self.total_bytes / MIB:,.0f} MiB"]
+        return lines
+
+
+def step_memory(symbol: Symbol, model_param: ModelParam, batch_image: int, short: int, long: int) -> StepMemory:
+    """Count a train graph, as it is lowered, for images (3, short, long); with a plan where ModelParam.memonger is set.
+
+    Raises ValueError for a memonger_until that is no operator, and for a memonger_budget that no plan meets.
+    """
+    shape = (batch_image, 3, short, long)
+    fixed = () if model_param.from_scratch else tuple(model_param.pretrain.fixed_param)
+    arguments, _, _ = symbol.infer_shape(data=shape)
+    inputs = set(symbol.list_inputs())
+    sizes = {name: shape for name, shape in zip(symbol.list_arguments(), arguments, strict=True) if name not in inputs}
+    memory = StepMemory(batch_image, sum(map(math.prod, sizes.values())), activations(symbol, {"data": shape}, fixed))
+    if not model_param.memonger:
+        return memory
+    return replace(memory, plan=_plan(memory, model_param.memonger_until, model_param.memonger_budget))
+
+
+def plan_recompute(symbol: Symbol, model_param: ModelParam, batch_image: int, short: int, long: int) -> Plan | None:
+    """The plan for `symbol.lower(symbol, recompute=plan.segments)`; None where ModelParam.memonger is not set.
+
+    Errors are those of `step_memory`.
+    """
+    return step_memory(symbol, model_param, batch_image, short, long).plan if model_param.memonger else None
+
+
+def _plan(memory: StepMemory, until: str | None, budget: float | None) -> Plan:
+    counted = memory.counted
+    if budget is None:
+        return smallest(counted, until)
+    plan = within(counted, budget * GIB - memory.parameter_bytes, until)
+    if plan is None:
+        least = memory.parameter_bytes + smallest(counted, until).peak_bytes
+        prefix = f" up to {until}" if until else ""
+        # rounded up, so that the number fits when it is written into the config
+        raise ValueError(
+            f"ModelParam.memonger_budget: expected at least {math.ceil(100 * least / GIB) / 100:.2f} GiB, what "
+            f"a step of {memory.batch_image} images holds at least, when it computes again{prefix}; got {budget:g}: "
+            "raise it, or lower General.batch_image or the input size"
+        )
+    return plan

@@ -1,0 +1,106 @@
+"""Builds the operators for MXNet: one library beside those of the kernels. Run it with MXNet's own Python.
+
+    .venv-mxnet/bin/python -m operator_cxx.mxnet_ops.build [--archs 75,80] [--out FILE]
+
+A library that is up to date stays as it is. With --archs it works on GPUs too, with the kernels of necklace_cuda.so;
+MXNet itself must then be one of CUDA. The environment variables are those of operator_cxx/build.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from operator_cxx.build import (
+    CXX_FLAGS,
+    NVCC_FLAGS,
+    BuildError,
+    NoCompilerError,
+    arch_flags,
+    compiler,
+    cuda_compiler,
+    library_path,
+    read_info,
+    source_hash,
+)
+from operator_cxx.build import _run as run
+
+HERE = Path(__file__).parent
+
+
+def mxnet_folder() -> Path:
+    """Where the installed MXNet lies, with its headers. Nothing of it is imported."""
+    found = importlib.util.find_spec("mxnet")
+    folder = Path(found.origin).parent if found and found.origin else None
+    if folder is None or not (folder / "src" / "lib_api.cc").exists():
+        raise BuildError("there is no MXNet 1.9 for this Python: make mxnet installs it in .venv-mxnet")
+    return folder
+
+
+def expected_sources() -> str:
+    """Of the binding, the kernels' interface and MXNet's: a library of another hash is stale."""
+    digest = hashlib.sha256((source_hash() + importlib.metadata.version("mxnet")).encode())
+    for path in sorted(HERE.iterdir()):
+        if path.suffix in (".h", ".cc", ".cu") or path.name == "build.py":
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def build(out: Path, archs: str = "") -> bool:
+    """The library; `archs`, as in "75,80,90+PTX", with CUDA. False where it was up to date."""
+    info = json.dumps({"sources": expected_sources(), "archs": archs})
+    if read_info(out) == json.loads(info):
+        return False
+    mxnet, cxx = mxnet_folder(), [*compiler(), *CXX_FLAGS]
+    cuda = ["-DNK_WITH_CUDA"] if archs else []
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        about, linked = Path(folder) / "about.cc", Path(folder) / out.name
+        about.write_text(
+            'extern "C" __attribute__((visibility("default"))) const char* nk_mxnet_build_info() '
+            f'{{ return R"json({info})json"; }}\n'
+        )
+        headers = [f"-I{HERE.parent}", "-isystem", str(mxnet / "include")]
+        jobs = [
+            [*cxx, *cuda, *headers, "-c", str(HERE / "binding.cc")],
+            # MXNet's own half of the interface: its functions must be seen from outside
+            [*cxx, "-w", "-fvisibility=default", *headers, "-c", str(mxnet / "src" / "lib_api.cc")],
+            [*cxx, "-c", str(about)],
+        ]
+        if archs:
+            nvcc = [*cuda_compiler(), *NVCC_FLAGS, *arch_flags(archs)]
+            jobs.append([*nvcc, f"-I{HERE.parent}", "-c", str(HERE / "pointwise.cu")])
+        objects = [str(Path(folder) / f"{index}.o") for index in range(len(jobs))]
+        for job, target in zip(jobs, objects, strict=True):
+            run([*job, "-o", target])
+        # libmxnet.so has functions of the same names: ours must call their own
+        own = "-Wl,-Bsymbolic" if sys.platform != "darwin" else "-Wl,-undefined,error"
+        link = [*nvcc, "-shared", f"-Xlinker={own.removeprefix('-Wl,')}"] if archs else [*cxx, "-shared", own]
+        run([*link, *objects, "-ldl", "-o", str(linked)])
+        os.replace(linked, out)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", default="", help="compute capabilities, to serve GPUs too")
+    parser.add_argument("--out", type=Path, default=library_path("mxnet"))
+    arguments = parser.parse_args()
+    try:
+        built = build(arguments.out, arguments.archs)
+    except BuildError as error:
+        print(f"operators for MXNet: not built: {error}", file=sys.stderr)
+        return NoCompilerError.STATUS if isinstance(error, NoCompilerError) else 1
+    print(f"{arguments.out}: {'built' if built else 'up to date'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""A part of a lowered graph that is computed again in the backward pass, in place of keeping what it computed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Segment(nn.Module):
+    """Runs `body`. In training only its inputs stay until the backward pass, which runs it again.
+
+    It has no parameters of its own: body is called with the training flag, what crosses into the segment, and the
+    parameters and moving statistics that its layers use.
+    """
+
+    def __init__(self, body: fx.GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(
+        self, training: bool, crossing: tuple[Tensor, ...], parameters: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...]:
+        def run(*crossing: Tensor) -> Any:
+            return self.body(training, *crossing, *parameters)
+
+        if not training or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return tuple(run(*crossing))
+        out = checkpoint(run, *crossing, use_reentrant=False, preserve_rng_state=False, context_fn=_two_passes)
+        return tuple(out)
+
+
+class _Passes(threading.local):
+    """The pass of a segment that this thread is in. The backward pass may run in a thread of autograd's own."""
+
+    now: _Pass | None = None
+
+
+_passes = _Passes()
+
+
+class _Pass:
+    """A first pass, which appends to its tape, or a recomputation, which reads the tape from its begin."""
+
+    def __init__(self, tape: list[Any], is_second: bool) -> None:
+        self.tape = tape
+        self.is_second = is_second
+        self.position = 0
+        self._outer: _Pass | None = None
+
+    def __enter__(self) -> None:
+        self._outer, _passes.now, self.position = _passes.now, self, 0
+
+    def __exit__(self, *_: object) -> None:
+        _passes.now = self._outer
+
+
+def _two_passes() -> tuple[_Pass, _Pass]:
+    tape: list[Any] = []
+    return _Pass(tape, is_second=False), _Pass(tape, is_second=True)
+
+
+def recomputing() -> bool:
+    """Is this the second time that a segment runs? What changes a state must not do so again."""
+    return not torch.compiler.is_compiling() and _passes.now is not None and _passes.now.is_second
+
+
+def once(compute: Callable[[], Any]) -> Any:
+    """compute(), or in a recomputation what the first pass got there: for what other processes take part in."""
+    now = None if torch.compiler.is_compiling() else _passes.now
+    if now is None:
+        return compute()
+    if not now.is_second:
+        now.tape.append(compute())
+        return now.tape[-1]
+    now.position += 1
+    return now.tape[now.position - 1]

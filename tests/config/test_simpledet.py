@@ -1,0 +1,400 @@
+"""SimpleDet's config files: the same graphs as ours, every field read or reported, and a whole run with one."""
+
+import builtins
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+import detection_test
+import detection_train
+from config.load import format_config, load_config
+from config.schema import Config
+from tests.small_config import SMALL_NETWORK
+from utils.make_demo_dataset import make_demo_dataset
+
+ROOT = Path(__file__).parents[2]
+DEMO = Path(__file__).with_name("simpledet_demo.py")
+EXPERIMENTS = sorted((ROOT / "config" / "NASFPN").glob("retina_*.py"))
+Edit = tuple[str, str]
+Load = Callable[..., Config]
+
+
+def edited(edits: Sequence[Edit]) -> str:
+    text = DEMO.read_text()
+    for old, new in edits:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """The demo's file with edits, loaded; there is no data."""
+
+    def load(*edits: Edit, is_train: bool = True, overrides: Sequence[str] = (), name: str = "one@file") -> Config:
+        path = tmp_path / f"{name}.py"
+        path.write_text(edited(edits))
+        root = f"DatasetParam.data_root={tmp_path / 'none'}"
+        return load_config(path, is_train, [root, *overrides])
+
+    return load
+
+
+COCO: tuple[Edit, ...] = (
+    ('image_set = ("demo_train",) if', 'image_set = ("coco_train2017", "coco_val2017") if'),
+    ('else ("demo_val",)', 'else ("coco_test-dev2017",)'),
+    ("1 + 6", "1 + 80"),
+    ("gpus = [0]", "gpus = [0, 1, 2, 3, 4, 5, 6, 7]"),
+    ("depth = 18", "depth = 50"),
+    ("from_scratch = True", "from_scratch = False"),
+    ("end_epoch = 3", "end_epoch = 25"),
+    ("[2000 // images_per_step]", "[244436 * epoch // images_per_step for epoch in (15, 20)]"),
+    ("iter = 400 //", "iter = 244436 //"),
+    ('"data/demo/annotations/instances_val.json"', '"data/coco/annotations/instances_val2017.json"'),
+)
+SYNC_LOSS: tuple[Edit, ...] = (
+    ("sync_loss = False", "sync_loss = True"),
+    ('["rpn_cls_label", "rpn_reg_target"', '["rpn_cls_label", "rpn_fg_count", "rpn_reg_target"'),
+    ("Norm2DImage, PyramidAnchorTarget2D\n", "AverageFgCount, Norm2DImage, PyramidAnchorTarget2D\n"),
+    (
+        '        data_name, label_name = ["data"], ',
+        '        transform = {"sample": transform, "batch": [AverageFgCount("rpn_fg_count")]}\n'
+        '        data_name, label_name = ["data"], ',
+    ),
+)
+BN: Edit = ('type="localbn"', 'type="syncbn"')
+
+
+def network(batch_image: int, size: int, dim: int, stages: int = 7) -> tuple[Edit, ...]:
+    sides = tuple(size // stride for stride in (8, 16, 32, 64, 128))
+    return (
+        ("batch_image = 8 if", f"batch_image = {batch_image} if"),
+        ("short = 128", f"short = {size}"),
+        ("long = 128", f"long = {size}"),
+        ("short = (16, 8, 4, 2, 1)", f"short = {sides}"),
+        ("long = (16, 8, 4, 2, 1)", f"long = {sides}"),
+        ("dim_reduced = 48", f"dim_reduced = {dim}"),
+        ("num_stage = 2", f"num_stage = {stages}"),
+    )
+
+
+PUBLISHED: dict[str, tuple[Edit, ...]] = {
+    "retina_r50v1b_fpn_640_1@256_25epoch": (
+        *network(8, 640, 256),
+        ("import NASFPNNeck as", "import RetinaNetNeckWithBN as"),
+        ("import ResNetV1bFPN as", "import MSRAResNet50V1bFPN as"),
+        ("        num_stage = 7\n        dim_reduced = 256\n        S0_kernel = 1\n", ""),
+        ("        depth = 50\n", ""),
+        ("resnet{BackboneParam.depth}_v1b", "resnet50_v1b"),
+        ("wd_mult=1.0", "wd_mult=0.0"),
+    ),
+    "retina_r50v1b_nasfpn_640_7@256_25epoch": network(8, 640, 256),
+    "retina_r50v1b_nasfpn_1024_7@256_25epoch": (*network(4, 1024, 256), BN),
+    "retina_r50v1b_nasfpn_1280_7@384_25epoch": (*network(2, 1280, 384), BN, *SYNC_LOSS),
+    "retina_r50v1b_tdbu_1280_3@384_25epoch": (
+        *network(3, 1280, 384, 3),
+        BN,
+        *SYNC_LOSS,
+        ("import NASFPNNeck as", "import TopDownBottomUpFPNNeck as"),
+    ),
+}
+
+
+@pytest.mark.parametrize("own", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_published_experiments_are_the_same_as_ours(own: Path, load: Load, no_data: str) -> None:
+    ours = load_config(own, True, [no_data])
+    theirs = load(*COCO, *PUBLISHED[own.stem], name=own.stem)
+    assert theirs.ModelParam.train_symbol.tojson() == ours.ModelParam.train_symbol.tojson()
+    assert theirs.ModelParam.test_symbol.tojson() == ours.ModelParam.test_symbol.tojson()
+    differing = set(format_config(theirs).splitlines()) ^ set(format_config(ours).splitlines())
+    about = {line.split(" = ")[0] for line in differing if not line.startswith("# note: ")}
+    # demo: steps are whole iterations, logged less often; NCCL; ours is told its folder of data
+    assert about <= {
+        "OptimizeParam.schedule.lr_epoch",
+        "OptimizeParam.warmup.epoch",
+        "General.log_frequency",
+        "KvstoreParam.kvstore",
+        "DatasetParam.data_root",
+    }
+    assert theirs.OptimizeParam.schedule.lr_epoch == pytest.approx((15, 20), abs=5e-3)
+    assert theirs.OptimizeParam.optimizer.lr == pytest.approx(ours.OptimizeParam.optimizer.lr, rel=1e-12)
+    assert theirs.label_name == ours.label_name
+    assert not any("is not read" in note for note in theirs.notes if "roidb" not in note)
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_transforms_and_inputs_are_ours(load: Load, is_train: bool) -> None:
+    config = load(is_train=is_train, overrides=["OptimizeParam.schedule.lr_epoch=2", "OptimizeParam.warmup.epoch=1"])
+    sample = [type(one).__name__ for one in config.transform.sample]
+    resize = "RandResizeCrop2DImageBbox" if is_train else "ResizeCrop2DImageBbox"
+    flip = ["Flip2DImageBbox"] if is_train else []
+    assert sample == ["ReadRoiRecord", resize, *flip, "Pad2DImageBbox"]
+    assert config.data_name == (("data",) if is_train else ("data", "im_info"))
+    assert [type(one).__name__ for one in config.metric_list] == ["FGAccMetric"]
+    assert config.General.name == "one@file"
+    assert config.TestParam.model.epoch is None  # end_epoch is the newest
+
+
+def test_iterations_become_epochs_and_follow_the_devices(load: Load) -> None:
+    config = load(*COCO, *network(8, 640, 256))
+    iter_per_epoch = 3820  # 244436 samples, 64 a step
+    epochs = (244436 * 15 // 64 / iter_per_epoch, 244436 * 20 // 64 / iter_per_epoch)
+    assert config.OptimizeParam.schedule.lr_epoch == epochs
+    assert [round(epoch * iter_per_epoch) for epoch in epochs] == [57289, 76386]
+    assert config.OptimizeParam.warmup.epoch == 244436 // 64 / iter_per_epoch
+    assert config.OptimizeParam.warmup.lr_factor == pytest.approx(0.1)
+    assert "OptimizeParam.schedule.lr_iter of 3820 iterations an epoch: 57289 is epoch 15, 76386 is epoch 20" in (
+        config.notes
+    )
+    one = load(*COCO, *network(8, 640, 256), overrides=["KvstoreParam.gpus=0", "General.batch_image=4"])
+    assert one.OptimizeParam.schedule.lr_epoch == epochs
+    assert one.OptimizeParam.optimizer.lr == pytest.approx(0.08 / 16)
+    given = load(*COCO, overrides=["OptimizeParam.schedule.lr_epoch=3,4", "OptimizeParam.warmup.epoch=0.5"])
+    assert given.OptimizeParam.schedule.lr_epoch == (3.0, 4.0)
+    assert given.OptimizeParam.warmup.epoch == 0.5
+
+
+def test_iterations_from_the_end_and_beyond_it(load: Load) -> None:
+    steps = "[244436 * epoch // images_per_step for epoch in (15, 20)]"
+    config = load(*COCO, (steps, "[-30555, 10**6]"))  # 30555 steps of 8 images on each of 8 GPUs: two epochs
+    assert config.OptimizeParam.schedule.lr_epoch == (25 - 30555 / 3820,)
+    assert any(note.endswith("1000000 is after the end") for note in config.notes)
+    short = load(*COCO, overrides=["OptimizeParam.schedule.end_epoch=1"], name="short")
+    assert short.OptimizeParam.schedule.lr_epoch == ()
+    assert short.OptimizeParam.warmup.epoch == 3819 / 3820
+    long = load(*COCO, ("iter = 244436 //", "iter = 2 * 244436 //"), overrides=["OptimizeParam.schedule.end_epoch=1"])
+    assert long.OptimizeParam.warmup.epoch == 1.0
+    assert "OptimizeParam.warmup.iter 7638 is epoch 1.999, cut to 1" in long.notes
+
+
+def test_the_normalizer_is_read(load: Load) -> None:
+    normalize = load(*COCO, ("wd_mult=1.0", "mom=0.99")).NormalizeParam
+    assert (normalize.type, normalize.wd_mult, normalize.momentum) == ("localbn", 1.0, 0.99)  # wd_mult is mxnext's
+    fixed = load(*COCO, ('type="localbn"', '"fix"'), ("wd_mult=1.0", "wd_mult=0.5")).NormalizeParam
+    assert (fixed.type, fixed.wd_mult, fixed.momentum) == ("fixbn", 0.5, 0.9)
+
+
+def test_memonger(load: Load) -> None:
+    assert load(*COCO).ModelParam.memonger_until is None  # it is off
+    on = ("memonger = False", "memonger = True")
+    known = load(*COCO, on, ('"S2_P6_7_bn"', '"stage4_unit1_relu"')).ModelParam
+    assert (known.memonger, known.memonger_until) == (True, "stage4_unit1_relu")
+    config = load(*COCO, on)
+    assert (config.ModelParam.memonger, config.ModelParam.memonger_until) == (True, None)
+    assert any(note.startswith("ModelParam.memonger_until = 'S2_P6_7_bn' is not read") for note in config.notes)
+
+
+def test_none_says_nothing(load: Load) -> None:
+    config = load(*COCO, ("begin_epoch = 0", "lr_factor = None"), ("conv_channel = 256", "conv_channel = None"))
+    assert config.OptimizeParam.schedule.lr_factor == 0.1
+    assert config.RpnParam.head.conv_channel == 256
+
+
+def test_what_flips_and_what_is_normalised_may_come_from_either_module(load: Load) -> None:
+    edits = (
+        ("            Flip2DImageBbox(),\n", ""),
+        ("import Norm2DImage, ", "import "),
+        ("        Pad2DImageBbox,\n", "        Pad2DImageBbox, Norm2DImage,\n"),
+    )
+    config = load(*COCO, *edits)
+    assert not config.DatasetParam.flip
+    assert "Flip2DImageBbox is not in transform: an epoch has every image once" in config.notes
+    assert any("lr_iter of 1910 iterations an epoch" in note or "lr_iter of 15278" in note for note in config.notes)
+
+
+def test_an_epoch_of_unknown_length(load: Load) -> None:
+    with pytest.raises(FileNotFoundError, match=r"lr_iter: how many iterations .* demo_train .*--data-root.*lr_epoch"):
+        load()
+
+
+def test_a_file_of_800_x_1333_is_padded(load: Load) -> None:
+    edits = (
+        ("short = 128", "short = 800"),
+        ("long = 128", "long = 1333"),
+        ("short = (16, 8, 4, 2, 1)", "short = (100, 50, 25, 13, 7)"),
+        ("long = (16, 8, 4, 2, 1)", "long = (167, 84, 42, 21, 11)"),
+        ("        scale_min = 0.8\n        scale_max = 1.2\n", ""),
+        ("import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox", "import ResizeCrop2DImageBbox"),
+        ("            RandResizeCrop2DImageBbox(", "            Resize2DImageBbox("),
+        ("        Pad2DImageBbox,\n", "        Pad2DImageBbox, Resize2DImageBbox,\n"),
+    )
+    config = load(*COCO, *edits)
+    assert (config.ResizeParam.short, config.ResizeParam.long) == (896, 1408)
+    resize, pad = config.transform.sample[1], config.transform.sample[-1]
+    assert type(resize).__name__ == "Resize2DImageBbox"
+    assert (resize.p.short, resize.p.long) == (800, 1333)
+    assert (pad.p.short, pad.p.long) == (896, 1408)
+    assert type(config.test_transform.sample[1]).__name__ == "Resize2DImageBbox"
+    assert any("fit 800 x 1333 and padded to 896 x 1408" in note for note in config.notes)
+    small = load(*COCO, *edits, overrides=["ResizeParam.short=128", "ResizeParam.long=256"])
+    assert (small.transform.sample[1].p.short, small.transform.sample[1].p.long) == (128, 256)
+
+
+@pytest.mark.parametrize(
+    "edit, note",
+    [
+        (("max_det_per_image =", "max_det_per_imgae ="), r"imgae = 100 is not read.*mean max_det_per_image\?$"),
+        (("num_stage = 2", "stem_width = 3"), r"NeckParam.stem_width = 3 is not read: there is no such setting$"),
+        (("        class warmup:", "        class warm_up:"), r"OptimizeParam.warm_up.type = 'gradual' is not read"),
+        (("out_size = None", "out_size = 7"), "RoiParam.out_size = 7 is not read"),
+        (("fp16 = True", "fp16 = True\n        loader_collector = 2"), "General.loader_collector = 2 is not read"),
+        (("wd_mult=1.0)", "wd_mult=1.0)\n        momentum = 0.99"), "NormalizeParam.momentum not read"),
+        (("    class NormParam", "    class KDParam:\n        stage = 1\n\n    class NormParam"),
+         "KDParam.stage not read"),
+        (("roidb: roidb", "roidb: roidb * 2"), "TestParam.process_roidb is not called"),
+        (("roidb: outputs", "roidb: [one['im_id'] for one in outputs]"), "TestParam.process_output is not called"),
+        (("pos_fraction = None", "pos_fraction = 0.5"), "sample.pos_fraction = 0.5 is not read: no anchor is sampled"),
+        (("scale_max = 1.2", "scale_max = 1.2\n        seed = 1"), "ResizeParam.seed = 1 is not read"),
+        (("ReadRoiRecord(None),\n            Norm2DImage(NormParam),\n            Rand", "ReadRoiRecord(('gt',)), "
+          "Norm2DImage(NormParam),\n            Rand"), "gt_select"),
+        (("begin_epoch = 0", "begin_epoch = 6"), "begin_epoch = 6 is not read: --resume"),
+        (("wd_mult=1.0", "wd_mult=1.0, eps=1e-3"), r"normalizer_factory\(eps=0.001\) is not read: it is 1e-05"),
+        (('"localbn", ndev=len(KvstoreParam.gpus)', '"syncbn", ndev=8'), "ndev=8.*names 1: .*all processes"),
+        (("epoch = 0\n            fixed", "epoch = 7\n            fixed"), "pretrain.epoch = 7 is not read"),
+        (('f"experiments/', 'f"runs/'), "TestParam.model.prefix 'runs/one@file/checkpoint' is not read"),
+        (('label_name = ["data"], ["rpn', 'label_name = ["data"], ["gt_bbox", "rpn'), "label_name: gt_bbox not read"),
+        (("[metric.FGAccMetric(", "[metric.Loss('loss'), metric.FGAccMetric("), "metric.Loss not computed"),
+        (("fp16 = True", "fp16 = True"), "General.fp16: .* fixed 128; .*adapts"),
+        (("random = True", "random = True"), "ModelParam.random: .* General.seed"),
+        (("random = True", "random = True"), r"data/cache/\*.roidb is not read"),
+    ],
+)  # fmt: skip
+def test_what_is_done_in_another_way_is_said(load: Load, edit: Edit, note: str) -> None:
+    epochs = ["OptimizeParam.schedule.lr_epoch=2", "OptimizeParam.warmup.epoch=1"]
+    config = load(edit, overrides=epochs)
+    assert any(re.search(note, one) for one in config.notes), config.notes
+    lines = [line.removeprefix("# note: ") for line in format_config(config).splitlines()]
+    assert lines[: len(config.notes)] == config.notes
+
+
+def test_annotations_of_other_images_are_not_read(load: Load) -> None:
+    assert not any("coco.annotation" in note for note in load(is_train=False).notes)
+    notes = load(*COCO, is_train=False).notes
+    assert any(
+        "instances_val2017.json' is not read: coco_test-dev2017 is evaluated with its own" in one for one in notes
+    )
+
+
+def test_our_own_files_have_no_notes(nasfpn_640: Path, no_data: str) -> None:
+    config = load_config(nasfpn_640, True, [no_data])
+    assert config.notes == []
+    assert "note" not in format_config(config)
+
+
+def test_fixed_parameters_are_found_anywhere_in_a_name(load: Load) -> None:
+    pattern = '["conv0", "stage1", "gamma"]\n            excluded_param = ["stage1_unit2"]'
+    config = load(*COCO, ('["conv0"]', pattern))
+    fixed = config.ModelParam.pretrain.fixed_param
+    assert {"conv0_weight", "stage1_unit1_conv1_weight", "stage4_unit1_bn1_gamma", "S1_P4_1_bn_neck_gamma"} <= set(
+        fixed
+    )
+    assert not any("stage1_unit2" in name or "stage2_unit1_conv" in name for name in fixed)
+    assert load(*COCO).ModelParam.pretrain.fixed_param == ("conv0",)
+    free = load(*COCO, ('["conv0"]', pattern), overrides=["ModelParam.pretrain.fixed_param=bn0"])
+    assert free.ModelParam.pretrain.fixed_param == ("bn0",)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (("aspects = (0.5, 1.0, 2.0)", "aspects = (0.5, 1.0, 3.0)"),
+         r"AnchorTarget2DParam.generate.aspects is \(0.5, 1.0, 3.0\), but RpnParam.anchor_generate.ratio is"),
+        (("scales = (4 * 2**0", "scales = (5 * 2**0"), "generate.scales is .* but RpnParam.anchor_generate.scale is"),
+        (("self.short = (16, 8, 4, 2, 1)", "self.short = (16, 8, 4, 2, 2)"),
+         r"AnchorTarget2DParam.generate.short is .*, but ResizeParam.short \(128\) over the strides is"),
+        (("long = ResizeParam.long", "long = 256"), "PadParam.long is 256, but ResizeParam.long is 128"),
+        (("S0_kernel = 1\n        fp16 = General.fp16", "fp16 = False"), "NeckParam.fp16 is False, but General.fp16"),
+        (('kvstore = "nccl"\n        batch_image = General.batch_image', "batch_image = 2"),
+         "KvstoreParam.batch_image is 2, but General.batch_image is 8"),
+        (("S0_kernel = 1\n        fp16 = General.fp16\n        normalizer = NormalizeParam.normalizer",
+          "normalizer = normalizer_factory('fixbn')"), "NeckParam.normalizer is .*, but RpnParam.normalizer is"),
+        (("sync_loss = False", "sync_loss = True"), "sync_loss is True, but AverageFgCount is not in transform"),
+        (('type="localbn"', 'type="gn"'), r"normalizer_factory\(type\): expected one of 'localbn', 'syncbn', 'fixbn'"),
+        (("num_stage = 2", "num_stage = '2'"), "NeckParam.num_stage: expected an integer, such as 7; got '2'"),
+        (("lr = 0.01 / 8 * images_per_step", "lr = 0"), "optimizer.lr: expected a number above 0, got 0"),
+        (('type = "sgd"', 'type = "sgd"\n            lr_mode = "cosine"'), "lr_mode: expected 'step'"),
+        (("[2000 // images_per_step]", "['a']"), r"lr_iter .*: expected numbers of iterations, got \['a'\]"),
+        (('type = "nms"', "type = max"), "TestParam.nms.type: expected 'nms', .*, got a function"),
+        (("Pad2DImageBbox(PadParam),\n            ConvertImageFromHwcToChw(),\n            Pyramid",
+          "ConvertImageFromHwcToChw(), Pyramid"), "transform: Pad2DImageBbox is missing"),
+        (("            RandResizeCrop2DImageBbox(ResizeParam),\n", ""), "one of RandResizeCrop.* is missing"),
+        (("RandResizeCrop2DImageBbox(ResizeParam)", "RandResizeCrop2DImageBbox()"), "needs its ResizeParam"),
+        (("            Flip2DImageBbox(),", "            ResizeCrop2DImageBbox(ResizeParam),"), "both .* are there"),
+        (("            Flip2DImageBbox(),", "            ReadRoiRecord.apply,"), "has no attribute 'apply'"),
+        (("import RandResizeCrop2DImageBbox,", "import RandCrop as RandResizeCrop2DImageBbox,"),
+         "transform: models.NASFPN.input.RandCrop is not supported; supported are ReadRoiRecord"),
+        (("get_train_symbol(*parts)", "get_train_symbol(*parts, 3)"), "train_symbol: expected RetinaNet"),
+        (("train_symbol = train_graph", "train_symbol = 3"), r"expected RetinaNet\(\).get_train_symbol\("),
+        (("Head(RpnParam)", "Head(NeckParam)"), "RpnParam: the head was built from another class"),
+        (("Neck(NeckParam)", "Neck()"), "expected it to be built from NeckParam, got 0 arguments"),
+        (("*(transform, data_name, label_name, metric_list)", "transform"), "expected the 13 values .*, got 10"),
+        (("fp16 = True", "fp16 = Genral.fp16"), "line 16: NameError: name 'Genral'"),
+    ],
+)  # fmt: skip
+def test_contradictions_and_mistakes(load: Load, edit: Edit, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"one@file\.py.*{message}"):
+        load(edit, overrides=["OptimizeParam.schedule.lr_epoch=2", "OptimizeParam.warmup.epoch=1"])
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (("from models.NASFPN.builder import NASFPNNeck", "from models.FPG.builder import FPG"), "models.FPG"),
+        (("import RetinaNet as", "import FasterRcnn as"), "train_symbol: expected RetinaNet"),
+        (("models.retinanet.builder import RetinaNet as", "symbol.builder import FasterRcnn as"), "symbol.builder"),
+        (("import ResNetV1bFPN as", "import MSRAResNet50V1FPN as"), "the backbone models.*V1FPN"),
+        (("import RetinaNetHeadWithBN as", "import MaskHead as"), "the head models.NASFPN.builder.MaskHead"),
+        (("import NASFPNNeck as", "import BiFPNNeck as"), "the neck models.NASFPN.builder.BiFPNNeck"),
+        (("import normalizer_factory", "import normalizer_factory, bn_count"), "mxnext.complicate.bn_count"),
+        (("from mxnext.c", "import mxnext as X\n\nX.conv\nfrom mxnext.c"), "mxnext.conv is not supported"),
+        (("\n\ndef get", "\n\nclass Mine(Neck):\n    pass\n\n\ndef get"), "derived from NASFPNNeck, is not supported"),
+    ],
+)  # fmt: skip
+def test_what_is_not_here_is_named_with_what_is(load: Load, edit: Edit, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"one@file\.py.*{message}.*RetinaNet.*TopDownBottomUpFPNNeck"):
+        load(edit)
+
+
+def test_a_missing_module_of_others_is_pythons_matter(load: Load) -> None:
+    with pytest.raises(ValueError, match=r"line 8: ModuleNotFoundError: No module named 'no_such_module'"):
+        load(("from models.retinanet.builder", "import no_such_module\nfrom models.retinanet.builder"), name="a")
+
+
+def test_classes_of_the_data_set_contradict(load: Load, write_annotation: Callable[..., Path]) -> None:
+    root = write_annotation("demo_train", ["a", "b"])
+    epochs = ["OptimizeParam.schedule.lr_epoch=2", "OptimizeParam.warmup.epoch=1"]
+    with pytest.raises(ValueError, match=r"RpnParam.num_class is 7, but \('demo_train',\) have 2 classes: write 3"):
+        load(overrides=[f"DatasetParam.data_root={root}", *epochs])
+
+
+def test_nothing_stays_behind_after_loading(load: Load) -> None:
+    before, real = set(sys.modules), builtins.__import__
+    load(*COCO)
+    assert not any(name.partition(".")[0] in ("mxnext", "mxnet") for name in set(sys.modules) - before)
+    assert builtins.__import__ is real
+    from models.retinanet.builder import RetinaNet
+
+    assert isinstance(RetinaNet, type)
+
+
+def test_it_trains_and_tests_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_demo_dataset(tmp_path / "data" / "demo", train=9, val=2, size=96, seed=0)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NECKLACE_CACHE", str(tmp_path / "cache"))
+    small = [*SMALL_NETWORK, "OptimizeParam.schedule.end_epoch=1"]
+    arguments = ["--config", str(DEMO), "--gpus", "cpu", *(word for one in small for word in ("--set", one))]
+    detection_train.main(arguments)
+    folder = Path("experiments/simpledet_demo")
+    assert (folder / "checkpoint-0001.safetensors").exists()
+    stored = (folder / "config.txt").read_text()
+    assert "# note: data/cache/*.roidb is not read" in stored
+    assert "is after the end" in stored  # 3 iterations an epoch, and lr_iter for the demo's 1000 samples
+    capsys.readouterr()
+    detection_test.main(arguments)
+    assert "Average Precision" in capsys.readouterr().out
+    assert (folder / "demo_val_result.json").exists()

@@ -1,0 +1,122 @@
+"""Training and testing by MXNet, on a dozen drawn images with a very small network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: make mxnet-test runs these")
+
+from config.load import format_config, load_config
+from config.schema import Config
+from core import detection_module, inference
+from core.checkpoint import load_weights
+from core.mxnet_engine import MxnetModule, MxnetTrainer, build_trainer
+from tests.small_config import DEMO, SMALL_NETWORK
+from utils.make_demo_dataset import make_demo_dataset
+
+SMALL = [
+    *SMALL_NETWORK,
+    "General.batch_image=4",
+    "General.log_frequency=1",
+    "TestParam.eval_epoch=0",
+    "OptimizeParam.optimizer.lr=0.004",
+    "OptimizeParam.schedule.end_epoch=2",
+    "OptimizeParam.schedule.lr_epoch=1.5",
+    "OptimizeParam.warmup.epoch=0.5",
+]
+Load = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
+    return root
+
+
+@pytest.fixture
+def load(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
+    monkeypatch.setenv("NECKLACE_CACHE", str(tmp_path / "cache"))
+
+    def load(name: str, *overrides: str, is_train: bool = True) -> Config:
+        places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
+        return load_config(str(DEMO), is_train=is_train, overrides=[*SMALL, *places, *overrides])
+
+    return load
+
+
+def with_mxnet(config: Config, _: torch.device, iter_per_epoch: int, start: Any, *__: Any) -> Any:
+    return build_trainer(config, iter_per_epoch, start)
+
+
+def records(config: Config) -> list[dict[str, Any]]:
+    folder = Path(config.General.output_root) / str(config.General.name)
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same log lines with nearly the same losses, and a checkpoint that both engines read."""
+    torch_run, mxnet_run = load("torch"), load("mxnet")
+    detection_module.fit(torch_run, format_config(torch_run))
+    monkeypatch.setattr(detection_module, "build_trainer", with_mxnet)
+    detection_module.fit(mxnet_run, format_config(mxnet_run))
+    ours, theirs = records(torch_run), records(mxnet_run)
+    assert [line.keys() for line in ours] == [line.keys() for line in theirs]
+    assert [(line["step"], line["lr"]) for line in ours] == [(line["step"], line["lr"]) for line in theirs]
+    for key in ("cls_loss", "reg_loss", "grad_norm", "fg_acc"):
+        assert theirs[0][key] == pytest.approx(ours[0][key], rel=1e-3), key
+        assert theirs[3][key] == pytest.approx(ours[3][key], rel=0.05), key
+    assert theirs[-1]["cls_loss"] < theirs[0]["cls_loss"]
+
+    path = tmp_path / "mxnet" / "checkpoint-0002.safetensors"
+    weights, progress = load_weights(path)
+    assert progress.step == 10
+    given, _ = load_weights(tmp_path / "torch" / "checkpoint-0002.safetensors")
+    assert {name: value.shape for name, value in weights.items()} == {n: v.shape for n, v in given.items()}
+
+    config = load("mxnet", is_train=False)
+    inference.test(config, path, None, 0)
+    (written,) = (tmp_path / "mxnet").glob("*result.json")
+    by_torch = json.loads(written.read_text())
+    monkeypatch.setattr(inference, "build_test_module", lambda config, weights, *_: MxnetModule(config, weights))
+    inference.test(config, path, None, 0)
+    by_mxnet = json.loads(written.read_text())
+    assert len(by_torch) == len(by_mxnet) > 0
+    scores = [sorted(entry["score"] for entry in entries) for entries in (by_torch, by_mxnet)]
+    np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
+
+
+def test_resuming_goes_on_from_the_momentum(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(detection_module, "build_trainer", with_mxnet)
+    whole, parts = load("whole"), load("parts")
+    detection_module.fit(whole, format_config(whole))
+    plain = MxnetTrainer.step
+
+    def interrupted(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
+        record = plain(self, batches, step)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return record
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MxnetTrainer, "step", interrupted)
+        detection_module.fit(parts, format_config(parts))
+    assert records(parts)[-1]["step"] == 7
+    detection_module.fit(parts, format_config(parts), resume=True)
+    ended = [load_weights(tmp_path / name / "checkpoint-0002.safetensors")[0] for name in ("whole", "parts")]
+    for name, value in ended[0].items():
+        torch.testing.assert_close(ended[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_several_devices_are_refused(load: Load) -> None:
+    with pytest.raises(ValueError, match="the engine mxnet runs on one device"):
+        build_trainer(load("two", "KvstoreParam.gpus=cpu", "KvstoreParam.processes=2"), 5, None)

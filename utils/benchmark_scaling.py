@@ -1,0 +1,121 @@
+"""Images a second of two CPU processes that train together, one core each, beside one process alone on one core.
+
+    python3 utils/benchmark_scaling.py
+    python3 utils/benchmark_scaling.py --set NeckParam.num_stage=5 --set General.batch_image=2 --steps 6
+
+The demo's network and a NAS-FPN of middle size (ResNet-18, 3@96 at 256), or the demo's with --set. Both sides take
+turns in one run, each with its own loader on images that are drawn for it into a temporary folder; every process
+takes General.batch_image images a step, so that 100 % is a process that the other one does not slow down at all.
+Needs two free cores: a busy one is what would be measured. Linux only: processes are bound to cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from detection_train import run
+from utils.make_demo_dataset import make_demo_dataset
+
+DEMO = Path(__file__).parents[1] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
+SIZE = 128  # of the drawn images
+MIDDLE = (
+    *("ResizeParam.short=256", "ResizeParam.long=256", "BackboneParam.num_filter=64", "General.batch_image=2"),
+    *("NeckParam.dim_reduced=96", "NeckParam.num_stage=3", "RpnParam.head.conv_channel=96"),
+)
+WARM_UP = 2  # steps that are not timed
+
+
+def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str], steps: int) -> float:
+    """Images a second of this process, of `size` that train together: the product's own step, loader and world."""
+    os.sched_setaffinity(0, {core})
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    import torch
+    import torch.distributed as dist
+
+    from config.load import load_config
+    from core.loader import make_train_loader
+    from core.trainer import build_trainer
+    from core.world import ALONE, World
+
+    torch.set_num_threads(1)
+    world = ALONE
+    if size > 1:
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+        world = World(rank, size)
+    sets = [*overrides, f"KvstoreParam.processes={size}", "KvstoreParam.gpus=()", "General.loader_worker=0"]
+    config = load_config(str(DEMO), is_train=True, overrides=sets)
+    loader = make_train_loader(config, rank=rank, size=size)
+    loader.end_step = WARM_UP + steps
+    trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, world)
+    num_image, began = 0, 0.0
+    for step, batch in enumerate(loader):
+        if step == WARM_UP:
+            began = time.perf_counter()
+        trainer.step([batch], step)
+        num_image += len(batch["files"]) if step >= WARM_UP else 0
+    seconds = time.perf_counter() - began
+    if size > 1:
+        dist.destroy_process_group()
+    return num_image / seconds
+
+
+def images_per_second(cores: Sequence[int], folder: Path, overrides: Sequence[str], steps: int) -> float:
+    """The mean over processes that train together, one on each of the cores."""
+    size = len(cores)
+    store = Path(tempfile.mkdtemp(dir=folder), "store").as_uri()
+    with ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(measure, i, size, core, store, overrides, steps) for i, core in enumerate(cores)]
+        return statistics.mean(process.result() for process in waiting)
+
+
+def compare(name: str, overrides: Sequence[str], folder: Path, steps: int, rounds: int) -> None:
+    """Both sides by turns, and the median of their ratios. Alone, a process takes the one core, then the other."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    ratios, alone, together = [], [], []
+    print(f"{name}: {steps} steps a side and round, images a second of a process")
+    for turn in range(rounds):
+        alone.append(images_per_second([cores[turn % 2]], folder, overrides, steps))
+        together.append(images_per_second(cores, folder, overrides, steps))
+        ratios.append(together[-1] / alone[-1])
+        print(
+            f"  round {turn + 1}: alone {alone[-1]:7.2f}   of two {together[-1]:7.2f}   {ratios[-1]:6.1%}", flush=True
+        )
+    medians = f"alone {statistics.median(alone):7.2f}   of two {statistics.median(together):7.2f}"
+    print(f"  median:  {medians}   {statistics.median(ratios):6.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time two processes that train together beside one alone.")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
+    parser.add_argument("--steps", type=int, default=20, help=f"timed steps of a side, after {WARM_UP} that are not")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if min(arguments.steps, arguments.rounds) < 1:
+        raise ValueError("--steps and --rounds: expected 1 or more")
+    if len(os.sched_getaffinity(0)) < 2:
+        raise ValueError("expected two cores that this process may use, got one: run it where there are two")
+    networks = {"the demo": (), "NAS-FPN 3@96 at 256": MIDDLE}
+    if arguments.set:
+        networks = {f"the demo with {' '.join(arguments.set)}": tuple(arguments.set)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["NECKLACE_CACHE"] = str(folder / "cache")
+        make_demo_dataset(folder / "demo", train=200, val=1, size=SIZE, seed=0)
+        for network, overrides in networks.items():
+            sets = [*overrides, f"DatasetParam.data_root={folder}"]
+            compare(network, sets, folder, arguments.steps, arguments.rounds)
+
+
+if __name__ == "__main__":
+    run(main)

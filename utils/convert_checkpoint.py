@@ -1,0 +1,69 @@
+"""Convert weights between MXNet's .params and .safetensors, in the direction that the two names say.
+
+    python3 utils/convert_checkpoint.py retina-0025.params retina.safetensors
+    python3 utils/convert_checkpoint.py experiments/demo/checkpoint-0012.safetensors demo-0012.params
+
+Names stay as they are; the `arg:` and `aux:` before MXNet's names come and go. A .safetensors file made here is a
+checkpoint: ModelParam.init_from and `detection_test.py --checkpoint` take it. Its epoch is the one in the name of the
+.params file; it knows no classes' names. MXNet is not needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is used in place
+
+import safetensors.torch
+
+from core.atomic_file import atomic_file
+from core.checkpoint import WEIGHTS_SUFFIX, read_tensors
+from core.first_weights import load_given_weights
+from core.params_file import SUFFIX, write_params
+
+
+def convert(source: Path, target: Path, force: bool = False) -> int:
+    """Write the tensors of `source` to `target` and return their number. `target` appears whole or not at all.
+
+    Raises:
+        FileNotFoundError: no file `source`.
+        FileExistsError: `target` exists and is not to be replaced.
+        ValueError: the names do not end in .params and .safetensors, the source is damaged, or it holds what the
+            other format does not have.
+        OSError: `target` cannot be written.
+    """
+    if {source.suffix, target.suffix} != {SUFFIX, WEIGHTS_SUFFIX}:
+        raise ValueError(f"expected one {SUFFIX} and one {WEIGHTS_SUFFIX} file, got {source} and {target}")
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists: give another name, or --force to replace it")
+    if source.suffix == SUFFIX:
+        tensors, progress = load_given_weights(source)
+        if "__metadata__" in tensors:
+            raise ValueError(f"{source} holds '__metadata__', a name that {WEIGHTS_SUFFIX} keeps for itself: rename it")
+        content = safetensors.torch.save(tensors, progress.to_metadata())
+        with atomic_file(target) as handle:
+            handle.write(content)
+    else:
+        tensors = read_tensors(source)
+        write_params(target, tensors)
+    return len(tensors)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Convert weights between MXNet's .params and .safetensors.")
+    parser.add_argument("source", metavar="FROM", type=Path)
+    parser.add_argument("target", metavar="TO", type=Path)
+    parser.add_argument("--force", action="store_true", help="replace TO where it exists")
+    parsed = parser.parse_args(arguments)
+    try:
+        number = convert(parsed.source, parsed.target, parsed.force)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{parsed.target}: {number} tensors")
+
+
+if __name__ == "__main__":
+    main()
