@@ -77,11 +77,15 @@ def _derive_classes(config: Config) -> None:
         )
     if given is not None and counted is not None and given != counted + 1:
         raise ValueError(
-            f"RpnParam.num_class is {given}, but {config.DatasetParam.image_set} have {counted} classes: "
+            f"RpnParam.num_class is {given}, but the images of {_shown(config)} have {counted} classes: "
             f"write {counted + 1} (the background counts), or None to have them counted"
         )
     if counted is not None:
         config.RpnParam.num_class = counted + 1
+
+
+def _shown(config: Config) -> str:
+    return ", ".join(one if isinstance(one, str) else one.name for one in config.DatasetParam.image_set)
 
 
 def _annotated_classes(config: Config) -> tuple[str, ...] | None:

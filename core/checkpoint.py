@@ -49,6 +49,11 @@ class Progress:
         """How far that is: more, the later. Steps alone do not tell where a resume changed the images of a step."""
         return self.epoch, self.sample, self.step
 
+    @property
+    def epochs(self) -> float:
+        """Finished epochs and the fraction of the next one."""
+        return self.epoch + (self.sample / self.num_sample if self.num_sample else 0.0)
+
     def to_metadata(self) -> dict[str, str]:
         """As safetensors metadata. One entry, because the library writes several in random order."""
         return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})}
@@ -152,7 +157,7 @@ def save_checkpoint(
             pair.state.unlink()
         needed = sum(tensor.nbytes for tensor in (*weights.values(), *state.values()))
         raise OSError(error.errno, _write_failure(pair, needed, error)) from error
-    _prune(pair, keep)
+    prune(pair, keep)
     return pair
 
 
@@ -173,8 +178,11 @@ def _write_failure(pair: Checkpoint, needed: int, error: OSError) -> str:
     return message + " Make room or make the folder writable, then go on with --resume."
 
 
-def _prune(newest: Checkpoint, keep: int) -> None:
-    """Only called when `newest` is complete and synced: until then the pair before it stays."""
+def prune(newest: Checkpoint, keep: int) -> None:
+    """Remove what the newest pair replaces; a run that was killed may not have come to it.
+
+    Only called when `newest` is complete and synced: until then the pair before it stays.
+    """
     folder = newest.weights.parent
     for path in folder.glob(f"checkpoint-*{STATE_SUFFIX}"):
         if path != newest.state:
@@ -283,7 +291,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 def _open(path: Path) -> safetensors.safe_open:
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give the path of a .safetensors file")
+        raise FileNotFoundError(f"no file {path}: give the path of a .safetensors or .params file")
     try:
         return safetensors.safe_open(path, framework="pt")
     except (safetensors.SafetensorError, OverflowError) as error:
@@ -304,7 +312,15 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
         ValueError: the file is damaged, or not a checkpoint.
     """
     path = Path(path)
+    refuse_state(path)
     return read_tensors(path), _read_progress(path)
+
+
+def refuse_state(path: Path) -> None:
+    """Raises ValueError for the second file of a pair, which looks like weights: the momentum has their names."""
+    if path.name.endswith(STATE_SUFFIX):
+        weights = path.name.removesuffix(STATE_SUFFIX) + WEIGHTS_SUFFIX
+        raise ValueError(f"{path} holds the momentum of a run, not weights: those are in {weights} beside it")
 
 
 @dataclass(frozen=True)
@@ -354,7 +370,7 @@ def require_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Ten
         differences = "\n  ".join(report.lines())
         raise ValueError(
             f"the weights in {path} do not fit this model:\n  {differences}\nUse the config that they were "
-            f"trained with, or take over what fits with --set ModelParam.init_from={path}"
+            f"trained with, or train from what fits with --set ModelParam.init_from={path}"
         )
 
 

@@ -7,12 +7,12 @@ import os
 import time
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
 
-from core.checkpoint import Checkpoint, Progress, epoch_stem, latest, save_checkpoint, step_stem
+from core.checkpoint import Checkpoint, Progress, epoch_stem, latest, prune, save_checkpoint, step_stem
 from core.coco_index import open_index
 from core.device import peak_memory, require_gpus, select_device, to_device
 from core.evaluation import STAT_NAMES
@@ -21,6 +21,7 @@ from core.image_set import resolve
 from core.inference import build_test_module, test_image_set
 from core.loader import TrainLoader, make_train_loader
 from core.out_of_memory import explained_memory
+from core.precision import Precision
 from core.sample_order import Position
 from core.stop_request import StopRequest
 from core.train_log import NoLog, TrainLog
@@ -90,19 +91,31 @@ def _train(config: Config, config_text: str, resume: bool, device: torch.device,
 
         trainer, built = mxnet_engine.build_trainer(config, loader.iter_per_epoch, start)
     else:
-        trainer, built = build_trainer(config, device, loader.iter_per_epoch, start, world)
+        with explained_memory(config, device, "the start"):
+            trainer, built = build_trainer(config, device, loader.iter_per_epoch, start, world)
     step = _first_step(start, loader)
     if world.size > 1:
         weights = sum(value.double().sum().item() for value in trainer.module.state_dict().values())
-        world.require_equal({"first step": step, "samples an epoch": len(loader.dataset), "first weights": weights})
+        computed_in = get_args(Precision).index(trainer.computed_in)
+        world.require_equal(
+            {"first step": step, "samples an epoch": len(loader.dataset), "first weights": weights}
+            | {"the type that they compute in (General.fp16, bf16)": computed_in}
+        )
     loader.end_step = config.OptimizeParam.schedule.end_epoch * loader.iter_per_epoch
     notes, folder = [*config.notes, *library.notes, *built], experiment_folder(config)
     with ExitStack() as held:
         log: TrainLog | NoLog = NoLog()
         if world.is_first:
             notes += held.enter_context(lock_experiment(folder))
+            if find_start(config, resume) != start:
+                raise ValueError(
+                    f"{folder} changed while this run started: another one wrote there. Give the same command again"
+                )
             notes += store_config(config, config_text)
-            log = held.enter_context(TrainLog(folder, step, loader.end_step, loader.iter_per_epoch))
+            if start is not None:
+                prune(start, config.General.keep_checkpoints)
+            begun = start.progress.epochs if start is not None else 0.0
+            log = held.enter_context(TrainLog(folder, step, loader.end_step, loader.iter_per_epoch, begun))
         for note in [*notes, *_describe(config, loader, trainer)]:
             log.info(note)
         _run_steps(trainer, loader, step, log)
@@ -116,18 +129,19 @@ def _run_steps(trainer: AnyTrainer, loader: TrainLoader, step: int, log: TrainLo
     with StopRequest(launched=launched_size() is not None) as stop, closing(iter(loader)) as batches:
         saved_at = time.monotonic()
         _evaluate_if_missed(trainer, loader, step, log)
-        stopping = False
+        stopping = world.any(stop.requested)
         while step < loader.end_step and not stopping:
             began = time.perf_counter()
             world.doing(f"reading the images of step {step}")
-            parts = [to_device(next(batches), trainer.device) for _ in range(loader.accumulate)]
+            with explained_memory(config, trainer.device, f"step {step}"):
+                parts = [to_device(next(batches), trainer.device) for _ in range(loader.accumulate)]
             log.waited(time.perf_counter() - began)
             for path, reason in [one for part in parts for one in part["skipped"]]:
                 tell = log.info if world.is_first else world.tell
                 tell(f"rank {world.rank} skipped {path}: {reason}")
             files = [path for part in parts for path in part["files"]]
             world.doing(f"computing step {step} on {', '.join(files) or 'no image'}")
-            with explained_memory(config, trainer.device, step):
+            with explained_memory(config, trainer.device, f"step {step}"):
                 pending.append(trainer.step(parts, step))
             step += 1
             world.doing(f"waiting for the others after step {step}")
@@ -143,7 +157,7 @@ def _run_steps(trainer: AnyTrainer, loader: TrainLoader, step: int, log: TrainLo
             saved_at = time.monotonic() if saving else saved_at
             if end_of_epoch and _is_evaluated(config, step // loader.iter_per_epoch):
                 _evaluate(trainer, step, loader.iter_per_epoch, log)
-                log.restart_clock()
+                stopping = stopping or world.any(stop.requested)
         if loader.start_step >= loader.end_step:
             log.info("nothing is left to train; to train on, resume with a larger OptimizeParam.schedule.end_epoch")
         elif step < loader.end_step:
@@ -172,6 +186,7 @@ def _describe(config: Config, loader: TrainLoader, trainer: AnyTrainer) -> list[
     return [
         f"{dataset.num_image} images, {len(dataset)} samples an epoch, {loader.iter_per_epoch} steps; "
         f"{len(names)} classes: {shown}",
+        *trainer.describe(),
         *trainer.schedule.describe(),
     ]
 
@@ -281,23 +296,26 @@ def _evaluate_if_missed(trainer: AnyTrainer, loader: TrainLoader, step: int, log
     epoch, inside = divmod(step, loader.iter_per_epoch)
     if not epoch or inside or not _is_evaluated(trainer.config, epoch):
         return
-    if trainer.world.any(trainer.world.is_first and step not in log.evaluated):
+    if trainer.world.any(trainer.world.is_first and epoch not in log.evaluated):
         _evaluate(trainer, step, loader.iter_per_epoch, log)
 
 
 def _evaluate(trainer: AnyTrainer, step: int, iter_per_epoch: int, log: TrainLog | NoLog) -> None:
     config, image_set = trainer.config, trainer.config.TestParam.eval_image_set
     assert image_set is not None  # config.check
-    module = build_test_module(config, trainer.module.state_dict(), trainer.device, "training")
-    world = trainer.world
-    tested = test_image_set(
-        config, module, image_set, experiment_folder(config), trainer.device, world.rank, world.size
-    )
+    world, device, epoch = trainer.world, trainer.device, step // iter_per_epoch
+    with explained_memory(
+        config, device, f"the evaluation after epoch {epoch}, of {config.TestParam.batch_image} images"
+    ):
+        module = build_test_module(config, trainer.module.state_dict(), device, "training")
+        tested = test_image_set(config, module, image_set, experiment_folder(config), device, world.rank, world.size)
+    log.restart_clock()
     if tested is None:  # the first process has it
         return
     if tested.evaluation is None:
+        log.event("tested", step=step, epoch=epoch)
         log.info(f"wrote {tested.result}; the image set has no annotations to evaluate against")
         return
     stats = dict(zip(STAT_NAMES, tested.evaluation.stats, strict=True))
-    log.event("eval", step=step, epoch=step // iter_per_epoch, **stats)
-    log.info(f"epoch {step // iter_per_epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in stats.items()))
+    log.event("eval", step=step, epoch=epoch, **stats)
+    log.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in stats.items()))

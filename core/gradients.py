@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -18,14 +17,17 @@ class GradientAverage:
 
     Parameters are put into buckets, the last ones first, as a backward pass reaches them in about that order; a full
     bucket is sent while the pass goes on. What is in a bucket, and the order in which buckets are sent, never changes:
-    so sums are rounded alike in every step and after every resume.
+    so sums are rounded alike in every step and after every resume. Gradients are views of the buckets: nothing is held
+    twice.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
         self.world = world
         self._buckets = _in_buckets([p for p in parameters if p.requires_grad][::-1], bucket_bytes)
+        self._flat: list[Tensor] = []  # of every bucket: its gradients one after the other, as they travel
+        self._views: list[list[Tensor]] = []  # of every bucket: each gradient in it, strided as its parameter
         self._missing: list[int] = []  # of every bucket: gradients that have not come
-        self._sent: list[tuple[dist.Work, Tensor]] = []
+        self._sent: list[dist.Work] = []
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
@@ -33,20 +35,27 @@ class GradientAverage:
 
     def begin(self) -> None:
         """The next backward pass completes the gradients."""
+        if not self._flat:
+            self._flat = [bucket[0].new_empty(sum(p.numel() for p in bucket)).detach() for bucket in self._buckets]
+            self._views = [_views(flat, bucket) for flat, bucket in zip(self._flat, self._buckets, strict=True)]
+        for bucket, views in zip(self._buckets, self._views, strict=True):
+            for parameter, view in zip(bucket, views, strict=True):
+                if parameter.grad is None:
+                    view.zero_()
+                else:
+                    view.copy_(parameter.grad)
+                parameter.grad = view  # to which the pass adds
         self._missing = [len(bucket) for bucket in self._buckets]
         self._sent = []
         self.active = True
 
     def finish(self) -> None:
-        """After it: send what is left, wait, and set the means."""
+        """After it: send what is left, and wait for the means."""
         while len(self._sent) < len(self._buckets):  # a parameter without a gradient holds its bucket back
             self._send(len(self._sent))
-        for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
+        for number, work in enumerate(self._sent):
             work.wait()
-            flat /= self.world.size
-            for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                assert parameter.grad is not None
-                parameter.grad.copy_(mean.view_as(parameter))
+            self._flat[number] /= self.world.size
         self._sent = []
         self.active = False
 
@@ -58,11 +67,16 @@ class GradientAverage:
             self._send(len(self._sent))
 
     def _send(self, number: int) -> None:
-        for parameter in self._buckets[number]:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.reshape(-1) for p in self._buckets[number] if p.grad is not None])
-        self._sent.append((dist.all_reduce(flat, async_op=True), flat))
+        self._sent.append(dist.all_reduce(self._flat[number], async_op=True))
+
+
+def _views(flat: Tensor, bucket: list[nn.Parameter]) -> list[Tensor]:
+    """Parts of `flat` with the shapes and strides of the parameters, so that nothing is reordered in adding to them."""
+    views, offset = [], 0
+    for parameter in bucket:
+        views.append(flat.as_strided(parameter.size(), parameter.stride(), offset))
+        offset += parameter.numel()  # of dense tensors: their strides leave no gaps
+    return views
 
 
 def _in_buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:

@@ -204,7 +204,7 @@ def test(
     names = config.DatasetParam.class_names
     if names and progress.class_names and names != progress.class_names:
         raise ValueError(
-            f"{path} was trained on the classes {_listed(progress.class_names)}; {config.DatasetParam.image_set} has "
+            f"{path} was trained on the classes {_listed(progress.class_names)}; the images have "
             f"{_listed(names)}: test on image sets with the categories that it was trained on"
         )
     module = build_test_module(config, weights, device, path)

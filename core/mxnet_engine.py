@@ -17,6 +17,7 @@ from core import trainer as torch_engine
 from core.checkpoint import Checkpoint
 from core.loader import Batch
 from core.mxnet_graph import RateOfStep, bind_module, executor_gradients, load_symbol, loss_values, state_of
+from core.precision import Precision
 from core.schedule import LrSchedule
 from core.trainer import StepRecord
 from core.world import ALONE, World
@@ -53,6 +54,7 @@ class MxnetTrainer:
     device: torch.device  # where batches are made: the CPU
     world: World = ALONE
     scale: None = None
+    computed_in: Precision = "float32"
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
         """One update."""
@@ -67,6 +69,7 @@ class MxnetTrainer:
         losses = loss_values(self.graph, self.executor, inputs["rpn_cls_label"])
         gradients = executor_gradients(self.executor)
         norm = float(np.sqrt(sum(np.square(gradient, dtype=np.float64).sum() for gradient in gradients.values())))
+        self.executor._optimizer.lr_scheduler.step = step
         self.executor.update()
         outputs = self.executor.get_outputs()
         for metric, span in self.metrics:
@@ -76,9 +79,19 @@ class MxnetTrainer:
 
     def state(self) -> dict[str, Tensor]:
         """The momentum of every trained parameter."""
-        names = self.executor._optimizer.idx2name
-        states = self.executor._updater.states
-        return {names[i]: torch.from_numpy(state.asnumpy()) for i, state in states.items() if state is not None}
+        names, weights = self.executor._optimizer.idx2name, self.executor.get_params()[0]
+        return {
+            # MXNet keeps none where the factor of momentum is 0
+            names[i]: torch.zeros(weights[names[i]].shape) if state is None else torch.from_numpy(state.asnumpy())
+            for i, state in self.executor._updater.states.items()
+        }
+
+    def describe(self) -> list[str]:
+        """How it computes, as lines for the log."""
+        lines = [f"engine: MXNet {load_mxnet().__version__} on {contexts(self.config)[0]}, in float32"]
+        if self.config.ModelParam.memonger:
+            lines.append("ModelParam.memonger is not read by this engine: nothing is computed again")
+        return lines
 
 
 def build_trainer(config: Config, iter_per_epoch: int, start: Checkpoint | None) -> tuple[MxnetTrainer, list[str]]:
@@ -116,9 +129,8 @@ def build_trainer(config: Config, iter_per_epoch: int, start: Checkpoint | None)
         },
     )
     if start is not None:
-        _resume(executor, first.optimizer.state_dict(), start.progress.step)
+        _resume(executor, first.optimizer.state_dict())
     weights = Weights(executor, list(state))
-    notes.append(f"engine: MXNet {load_mxnet().__version__} on {contexts(config)[0]}, in float32")
     return MxnetTrainer(config, graph, executor, weights, first.schedule, first.metrics, host), notes
 
 
@@ -132,13 +144,12 @@ def input_shapes(config: Config, graph: Symbol) -> dict[str, tuple[int, ...]]:
     return {name: named[name] for name in graph.list_inputs()}
 
 
-def _resume(executor: Any, momentum: Mapping[str, Tensor], step: int) -> None:
+def _resume(executor: Any, momentum: Mapping[str, Tensor]) -> None:
     mx, optimizer, updater = load_mxnet(), executor._optimizer, executor._updater
     for index, name in optimizer.idx2name.items():
         if name in momentum:
             updater.states[index] = mx.nd.array(momentum[name].numpy())
             updater.states_synced[index] = True
-    optimizer.begin_num_update = optimizer.num_update = step
 
 
 def contexts(config: Config) -> list[Any]:

@@ -33,14 +33,18 @@ def with_loss_heads(graph: Symbol) -> Symbol:
 
 
 class RateOfStep:
-    """A schedule as MXNet's optimizer asks for it: by the number of updates, counted from 1."""
+    """A schedule as MXNet's optimizer asks for it: by the number of its updates, from 1 on, where no `step` is set.
+
+    After a resume the two may differ: another number of images a step counts steps anew.
+    """
 
     def __init__(self, schedule: LrSchedule) -> None:
         self.schedule = schedule
+        self.step: int | None = None
         self.base_lr = schedule.lr  # the optimizer sets it
 
     def __call__(self, num_update: int) -> float:
-        return self.schedule.lr_at(num_update - 1)
+        return self.schedule.lr_at(num_update - 1 if self.step is None else self.step)
 
 
 def bind_module(

@@ -19,22 +19,26 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def explained_memory(config: Config, device: torch.device, step: int) -> Iterator[None]:
-    """Turns torch's error of memory that is not there, on GPU or CPU, into a MemoryError that says what to do."""
+def explained_memory(config: Config, device: torch.device, at: str) -> Iterator[None]:
+    """Turns torch's error of memory that is not there, on GPU or CPU, into a MemoryError that says what to do.
+
+    at: what was being done, such as "step 7".
+    """
     try:
         yield
     except RuntimeError as error:
         if not _is_of_memory(error):
             raise
-        raise MemoryError(_explanation(config, device, step, str(error))) from error
+        raise MemoryError(_explanation(config, device, at, str(error))) from error
 
 
 def _is_of_memory(error: RuntimeError) -> bool:
-    # the CPU's allocator has no error of its own
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+    # the CPU's allocator has no error of its own, nor have the libraries that ask the GPU for memory themselves
+    told = re.search(r"out of memory|_ALLOC_FAILED|DefaultCPUAllocator", str(error))
+    return isinstance(error, torch.OutOfMemoryError) or told is not None
 
 
-def _explanation(config: Config, device: torch.device, step: int, error: str) -> str:
+def _explanation(config: Config, device: torch.device, at: str, error: str) -> str:
     batch, resize = config.General.batch_image, config.ResizeParam
     wanted = re.search(r"allocate ([\d.]+ \w+)", error)  # "20.00 MiB" of a GPU, "1234 bytes" of a CPU
     asked = f"it asked for {wanted[1]} more" if wanted else "it asked for more"
@@ -42,7 +46,7 @@ def _explanation(config: Config, device: torch.device, step: int, error: str) ->
     computed = in_precision(config.ModelParam.train_symbol, precision(config.General, device)[0])
     count = step_memory(computed, config.ModelParam, batch, resize.short, resize.long).total_bytes
     return (
-        f"out of memory at step {step} on {where}: {asked}, the most in use so far was "
+        f"out of memory at {at} on {where}: {asked}, the most in use so far was "
         f"{peak_memory(device) / 2**20:,.0f} MiB. A step of {batch} images of {resize.short} x {resize.long} needs at "
         f"least {count / 2**20:,.0f} MiB (--dry-run lists it). Three ways out: smaller batches for the same "
         f"update ({_smaller_batch(config)}), recomputing instead of storing ({_memonger(config)}), a smaller input "
@@ -65,4 +69,6 @@ def _memonger(config: Config) -> str:
 
 def _smaller_input(config: Config) -> str:
     short, long = (max(128, side - 128) for side in (config.ResizeParam.short, config.ResizeParam.long))
+    if (short, long) == (config.ResizeParam.short, config.ResizeParam.long):
+        return "it is the smallest already"
     return f"--set ResizeParam.short={short} --set ResizeParam.long={long}"

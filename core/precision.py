@@ -81,7 +81,7 @@ class LossScale:
             return
         self.skipped_in_a_row = 0
         self._fine += 1
-        if self._fine == GROWTH_INTERVAL:
+        if self._fine >= GROWTH_INTERVAL:
             self.value = max(self.value, min(2 * self.value, LARGEST_SCALE))
             self._fine = 0
 

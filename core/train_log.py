@@ -18,15 +18,19 @@ LOG_TEXT = "log.txt"
 
 
 class TrainLog:
-    """Written as the run goes; opened as a context. Records of steps behind `start_step`, left by a run that was cut
-    off after its last checkpoint, are dropped when it opens.
+    """Written as the run goes; opened as a context. Records behind `start_epoch` (None: that of `start_step`), left by
+    a run that was cut off after its last checkpoint, are dropped when it opens. Steps alone would not tell: another
+    number of images a step counts them anew.
     """
 
-    def __init__(self, folder: Path, start_step: int, end_step: int, iter_per_epoch: int) -> None:
+    def __init__(
+        self, folder: Path, start_step: int, end_step: int, iter_per_epoch: int, start_epoch: float | None = None
+    ) -> None:
         self.end_step = end_step
         self.iter_per_epoch = iter_per_epoch
-        kept = _drop_records_behind(folder / LOG_LINES, start_step)
-        self.evaluated = {record["step"] for record in kept if record.get("event") == "eval"}  # after these steps
+        start_epoch = start_step / iter_per_epoch if start_epoch is None else start_epoch
+        kept = _drop_records_behind(folder / LOG_LINES, start_epoch)
+        self.evaluated = {record["epoch"] for record in kept if record.get("event") in ("eval", "tested")}  # epochs
         mode = "a" if start_step else "w"
         self._text = (folder / LOG_TEXT).open(mode, buffering=1, encoding="utf-8")
         self._lines = (folder / LOG_LINES).open("a", buffering=1, encoding="utf-8")
@@ -49,7 +53,9 @@ class TrainLog:
 
     def restart_clock(self) -> None:
         """What went by since the last step was no training."""
-        self._since = time.perf_counter()
+        now = time.perf_counter()
+        self._began += now - self._since
+        self._since = now
 
     def info(self, text: str) -> None:
         """A line for people."""
@@ -69,7 +75,7 @@ class TrainLog:
         elapsed = max(now - self._since, 1e-9)
         record = {
             "step": step,
-            "epoch": round(step / self.iter_per_epoch, 4),
+            "epoch": round(step / self.iter_per_epoch, 7),
             **values,
             "img_per_s": num_image / elapsed,
             "data_wait": self._waited / elapsed,
@@ -79,8 +85,7 @@ class TrainLog:
         self._lines.write(json.dumps(finite, allow_nan=False) + "\n")
         self.info(_line(record, self.end_step))
         self._bar.update(step - self._step)
-        self._step, self._waited = step, 0.0
-        self.restart_clock()
+        self._step, self._waited, self._since = step, 0.0, now
 
 
 class NoLog:
@@ -127,7 +132,7 @@ def _line(record: dict[str, Any], end_step: int) -> str:
     return f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} {' '.join(numbers)} left {days}{left}"
 
 
-def _drop_records_behind(path: Path, step: int) -> list[dict[str, Any]]:
+def _drop_records_behind(path: Path, epoch: float) -> list[dict[str, Any]]:
     """The records that stay."""
     if not path.exists():
         return []
@@ -137,7 +142,7 @@ def _drop_records_behind(path: Path, step: int) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError:  # the last line of a run that was killed
             continue
-        if record.get("step", 0) <= step and step > 0:
+        if 0 < epoch >= record.get("epoch", 0) - 1e-7:
             kept.append(record)
     with atomic_file(path) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in kept)

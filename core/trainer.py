@@ -16,11 +16,12 @@ from core.first_weights import load_first_weights
 from core.gradients import GradientAverage
 from core.loader import Batch
 from core.optimizer import SGD, multipliers
-from core.precision import LOSS_SCALE, LossScale, precision
+from core.precision import LOSS_SCALE, LossScale, Precision, precision
 from core.schedule import LrSchedule, build_schedule
 from core.step_memory import plan_recompute
 from core.world import ALONE, World
 from symbol.passes import in_precision
+from symbol.recompute import Plan
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -50,6 +51,8 @@ class Trainer:
     world: World = ALONE
     average: GradientAverage | None = None  # of several processes
     scale: LossScale | None = None  # in float16
+    computed_in: Precision = "float32"
+    plan: Plan | None = None  # what is computed again
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
         """One update from OptimizeParam.accumulate batches: as many processes with one batch each would make the same.
@@ -68,14 +71,15 @@ class Trainer:
                 statistics.begin_again()
             if self.average is not None and i == len(batches) - 1:
                 self.average.begin()
-            losses.append(self._forward_backward(batch, share=1 / len(batches)))
+            losses.append(self._forward_backward(batch))
             if len(batches) > 1:
                 statistics.add()
         if self.average is not None:
             self.average.finish()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        if self.scale is not None:
-            torch._foreach_mul_(gradients, 1 / self.scale.value)
+        factor = len(batches) * (self.scale.value if self.scale is not None else 1)
+        if factor != 1:
+            torch._foreach_mul_(gradients, 1 / factor)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         skipped = self.scale is not None and not bool(norm.isfinite())
         if self.scale is not None:
@@ -89,17 +93,20 @@ class Trainer:
         files = [path for batch in batches for path in batch["files"]]
         return StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), skipped)
 
+    def describe(self) -> list[str]:
+        """How it computes, as lines for the log."""
+        return [precision(self.config.General, self.device)[1], *([self.plan.describe()] if self.plan else [])]
+
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint keeps beside the weights."""
         return self.optimizer.state_dict() | (self.scale.state_dict() if self.scale is not None else {})
 
-    def _forward_backward(self, batch: Batch, share: float) -> Tensor:
-        """The losses (L,) of a batch, whose gradients are added up times `share` and the loss scale."""
+    def _forward_backward(self, batch: Batch) -> Tensor:
+        """The losses (L,) of a batch, whose gradients, times the loss scale, are added to those of others."""
         num_loss = len(self.config.ModelParam.train_symbol)
         outputs = self.module(**{name: batch[name] for name in self.config.data_name + self.config.label_name})
         losses = torch.stack([loss.reshape(()) for loss in outputs[:num_loss]])  # (L,)
-        factor = share if self.scale is None else share * self.scale.value
-        (losses.sum() * factor).backward()
+        (losses.sum() * (self.scale.value if self.scale is not None else 1)).backward()
         for metric, span in self.metrics:
             labels = [batch[name] for name in metric.label_names]
             metric.update(labels, [output.detach() for output in outputs[span]])
@@ -151,12 +158,12 @@ def build_trainer(
     graph, optimizer_param = config.ModelParam.train_symbol, config.OptimizeParam.optimizer
     internals = graph.get_internals()
     watched = [internals[name] for metric in config.metric_list for name in metric.output_names]
-    computed_in, note = precision(config.General, device)
+    computed_in, _ = precision(config.General, device)
     computed = in_precision(S.Group([graph, *watched]), computed_in)
     resize = config.ResizeParam
     plan = plan_recompute(computed, config.ModelParam, config.General.batch_image, resize.short, resize.long)
     module = S.lower(computed, seed=config.General.seed, recompute=plan.segments if plan else ())
-    notes = [*load_first_weights(module, config, start), note, *([plan.describe()] if plan else [])]
+    notes = load_first_weights(module, config, start)
     place(module, device).train()
     fixed = () if config.ModelParam.from_scratch else tuple(config.ModelParam.pretrain.fixed_param)
     for name, parameter in module.named_parameters():
@@ -178,7 +185,8 @@ def build_trainer(
         position += len(metric.output_names)
     schedule = build_schedule(config, iter_per_epoch)
     average = GradientAverage(module.parameters(), world) if world.size > 1 else None
-    return Trainer(config, device, module, optimizer, schedule, metrics, world, average, scale), notes
+    trainer = Trainer(config, device, module, optimizer, schedule, metrics, world, average, scale, computed_in, plan)
+    return trainer, notes
 
 
 def _load_state(state: dict[str, Tensor], optimizer: SGD, scale: LossScale | None) -> None:

@@ -110,14 +110,22 @@ def join(device: torch.device) -> Iterator[World]:
     A process that does not come within NECKLACE_TIMEOUT seconds (600) is given up by the others: communication that
     fails inside raises LostProcessError, which says what every process was doing.
     """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     size = launched_size()
     if size is None or size == 1:
         yield ALONE
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=_timeout())
-    _control_group()
+    timeout = _timeout()
+    try:
+        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _control_group()
+    except RuntimeError as error:
+        if not _is_of_communication(error):
+            raise
+        raise LostProcessError(
+            f"{size} processes did not come together within {timeout.seconds} s ({TIMEOUT_VARIABLE}): {error}"
+        ) from error
     world = World(dist.get_rank(), dist.get_world_size())
     try:
         yield world

@@ -1,12 +1,13 @@
-"""Images a second of two CPU processes that train together, one core each, beside one process alone on one core.
+"""Images a second of two CPU processes that train together, one core each, beside one process alone on one core, and
+beside two that know nothing of each other: what these lose is the machine's, not the training's.
 
     python3 utils/benchmark_scaling.py
     python3 utils/benchmark_scaling.py --set NeckParam.num_stage=5 --set General.batch_image=2 --steps 6
 
-The demo's network and a NAS-FPN of middle size (ResNet-18, 3@96 at 256), or the demo's with --set. Both sides take
+The demo's network and a NAS-FPN of middle size (ResNet-18, 3@96 at 256), or the demo's with --set. The sides take
 turns in one run, each with its own loader on images that are drawn for it into a temporary folder; every process
 takes General.batch_image images a step, so that 100 % is a process that the other one does not slow down at all.
-Needs two free cores: a busy one is what would be measured. Linux only: processes are bound to cores.
+Needs two free cores. Linux only: processes are bound to cores.
 """
 
 from __future__ import annotations
@@ -70,29 +71,34 @@ def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str
     return num_image / seconds
 
 
-def images_per_second(cores: Sequence[int], folder: Path, overrides: Sequence[str], steps: int) -> float:
-    """The mean over processes that train together, one on each of the cores."""
-    size = len(cores)
+def images_per_second(cores: Sequence[int], joined: bool, folder: Path, overrides: Sequence[str], steps: int) -> float:
+    """The mean over processes, one on each of the cores at the same time, that train together or each for itself."""
+    size = len(cores) if joined else 1
     store = Path(tempfile.mkdtemp(dir=folder), "store").as_uri()
-    with ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(measure, i, size, core, store, overrides, steps) for i, core in enumerate(cores)]
+    with ProcessPoolExecutor(len(cores), mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(measure, i % size, size, core, store, overrides, steps) for i, core in enumerate(cores)]
         return statistics.mean(process.result() for process in waiting)
 
 
 def compare(name: str, overrides: Sequence[str], folder: Path, steps: int, rounds: int) -> None:
-    """Both sides by turns, and the median of their ratios. Alone, a process takes the one core, then the other."""
+    """All sides by turns, and the medians. Alone, a process takes the one core, then the other."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    ratios, alone, together = [], [], []
     print(f"{name}: {steps} steps a side and round, images a second of a process")
+    print("            alone   two apart   two together   together/alone   together/apart")
+    rows = []
     for turn in range(rounds):
-        alone.append(images_per_second([cores[turn % 2]], folder, overrides, steps))
-        together.append(images_per_second(cores, folder, overrides, steps))
-        ratios.append(together[-1] / alone[-1])
-        print(
-            f"  round {turn + 1}: alone {alone[-1]:7.2f}   of two {together[-1]:7.2f}   {ratios[-1]:6.1%}", flush=True
-        )
-    medians = f"alone {statistics.median(alone):7.2f}   of two {statistics.median(together):7.2f}"
-    print(f"  median:  {medians}   {statistics.median(ratios):6.1%}")
+        sides = (([cores[turn % 2]], False), (cores, False), (cores, True))
+        alone, apart, together = (images_per_second(*side, folder, overrides, steps) for side in sides)
+        rows.append((alone, apart, together, together / alone, together / apart))
+        _print_row(f"round {turn + 1}", rows[-1])
+    _print_row("median", [statistics.median(column) for column in zip(*rows, strict=True)])
+
+
+def _print_row(name: str, row: Sequence[float]) -> None:
+    alone, apart, together, of_alone, of_apart = row
+    print(
+        f"  {name:8} {alone:6.2f}   {apart:9.2f}   {together:12.2f}   {of_alone:14.1%}   {of_apart:14.1%}", flush=True
+    )
 
 
 def main() -> None:

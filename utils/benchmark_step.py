@@ -81,7 +81,7 @@ def main() -> None:
     times = [time_step(trainer) for _ in range(arguments.steps + 2)][2:]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{config.General.name} on {name}, torch {torch.__version__}, {config.General.batch_image} images a step")
-    print(f"  {'; '.join(notes)}")
+    print(f"  {'; '.join([*notes, *trainer.describe()])}")
     for part in times[0]:
         print(f"  {part:<30} {1000 * statistics.median(row[part] for row in times):9.1f} ms")
     step = statistics.median(row["step"] for row in times)

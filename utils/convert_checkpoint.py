@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is 
 import safetensors.torch
 
 from core.atomic_file import atomic_file
-from core.checkpoint import WEIGHTS_SUFFIX, read_tensors
+from core.checkpoint import WEIGHTS_SUFFIX, read_tensors, refuse_state
 from core.first_weights import load_given_weights
 from core.params_file import SUFFIX, write_params
 
@@ -47,6 +47,7 @@ def convert(source: Path, target: Path, force: bool = False) -> int:
         with atomic_file(target) as handle:
             handle.write(content)
     else:
+        refuse_state(source)
         tensors = read_tensors(source)
         write_params(target, tensors)
     return len(tensors)

@@ -13,7 +13,7 @@ from config.schema import Config
 from core.gradients import GradientAverage
 from core.loader import make_train_loader
 from core.trainer import build_trainer
-from core.world import ALONE, World
+from core.world import ALONE, LostProcessError, World, join
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
 from utils.make_demo_dataset import make_demo_dataset
@@ -130,3 +130,14 @@ def test_the_first_process_hears_every_line_once() -> None:
     told = [f"rank {rank} round 0 line {line}" for rank in (1, 2) for line in range(2 * rank)]
     assert first == [told, ["rank 1 round 1 line 0", "rank 2 round 1 line 0", "rank 2 round 1 line 1"]]
     assert others == [[[], []]] * 2
+
+
+def test_processes_that_do_not_come_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "NECKLACE_TIMEOUT": "2"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(LostProcessError, match="2 processes did not come together within 2 s"),
+        join(torch.device("cpu")),
+    ):
+        pass

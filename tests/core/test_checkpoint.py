@@ -166,7 +166,7 @@ def test_newest_is_by_step_not_by_name(tmp_path: Path) -> None:
 
 def test_the_newest_of_two_pairs_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pairs lie there when the process is killed before it removes the older."""
-    monkeypatch.setattr("core.checkpoint._prune", lambda newest, keep: None)
+    monkeypatch.setattr("core.checkpoint.prune", lambda newest, keep: None)
     save(tmp_path, 2)
     save(tmp_path, 1, step=15)
     save(tmp_path, 10)
@@ -308,7 +308,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str, kind: str) -> None
     with pytest.raises(ValueError, match=f"{path.name} is damaged or not a safetensors file"):
         latest(tmp_path)
     with pytest.raises(ValueError, match=f"{path.name} is damaged or not a safetensors file"):
-        load_weights(path)
+        read_tensors(path)
 
 
 def test_find_weights_names_what_exists(tmp_path: Path) -> None:
@@ -376,3 +376,9 @@ def test_fine_tuning_keeps_what_fits_and_reports_the_rest() -> None:
 def test_fine_tuning_from_nothing_that_fits_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no tensor of a.safetensors fits"):
         keep_fitting(another_model(), make_weights(0), "a.safetensors")
+
+
+def test_a_state_is_not_taken_for_weights(tmp_path: Path) -> None:
+    pair = save(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"holds the momentum of a run, not weights: .*checkpoint-0003.safetensors"):
+        load_weights(pair.state)

@@ -139,6 +139,32 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
     assert [record for record in records(tmp_path / "run") if record.get("event") == "eval"] == whole
 
 
+def test_a_folder_that_changes_while_a_run_starts_is_left_alone(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        run()
+    plain = detection_module.build_trainer
+
+    def overtaken(*arguments: Any) -> Any:
+        built = plain(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(detection_module, "build_trainer", plain)
+            stop_at(patch, 8)
+            run(resume=True)
+        return built
+
+    with monkeypatch.context() as patch:
+        patch.setattr(detection_module, "build_trainer", overtaken)
+        with pytest.raises(ValueError, match="changed while this run started"):
+            run(resume=True)
+    newest = latest(tmp_path / "run")
+    assert newest is not None
+    assert newest.progress.step == 9
+    run(resume=True)
+
+
 def test_resume_refuses_another_seed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 6)

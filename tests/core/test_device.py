@@ -58,7 +58,7 @@ def step_with_little_memory(_: int, overrides: list[str]) -> str:
     limit = pages * resource.getpagesize() + 300 * 10**6
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        with explained_memory(config, torch.device("cpu"), 7):
+        with explained_memory(config, torch.device("cpu"), "step 7"):
             trainer.step([batch], 7)
     except MemoryError as error:
         return str(error)
@@ -81,11 +81,11 @@ def test_memory_that_is_not_there_is_explained(load: Run) -> None:
 
 def test_other_errors_stay_what_they_are(load: Run) -> None:
     config: Any = load()
-    with pytest.raises(RuntimeError, match="shapes") as error, explained_memory(config, torch.device("cpu"), 0):
+    with pytest.raises(RuntimeError, match="shapes") as error, explained_memory(config, torch.device("cpu"), "step 0"):
         raise RuntimeError("shapes differ")
     assert not isinstance(error.value, MemoryError)
     with (
         pytest.raises(MemoryError, match=r"asked for 20.00 MiB more"),
-        explained_memory(config, torch.device("cpu"), 0),
+        explained_memory(config, torch.device("cpu"), "step 0"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity")

@@ -88,3 +88,17 @@ def test_a_new_run_starts_new_files(tmp_path: Path) -> None:
             log.steps(10, num_image=80, values=VALUES)
     assert len(lines(tmp_path)) == 1
     assert (tmp_path / "log.txt").read_text().count("\n") == 1
+
+
+def test_resuming_with_other_images_a_step_goes_by_epochs(tmp_path: Path) -> None:
+    with TrainLog(tmp_path, 0, 800, 200) as log:
+        for step in (200, 400, 500, 600):
+            log.steps(step, 8, VALUES)
+        log.event("eval", step=200, epoch=1, AP=0.5)
+        log.event("tested", step=400, epoch=2)
+        log.event("eval", step=600, epoch=3, AP=0.6)
+    # 2.5 epochs with twice the images a step are step 250 of 100 an epoch
+    with TrainLog(tmp_path, 250, 400, 100, start_epoch=2.5) as log:
+        assert log.evaluated == {1, 2}
+    kept = lines(tmp_path)
+    assert [record["step"] for record in kept if "event" not in record] == [200, 400, 500]

@@ -54,10 +54,6 @@ def load(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lo
     return load
 
 
-def with_mxnet(config: Config, _: torch.device, iter_per_epoch: int, start: Any, *__: Any) -> Any:
-    return build_trainer(config, iter_per_epoch, start)
-
-
 def records(config: Config) -> list[dict[str, Any]]:
     folder = Path(config.General.output_root) / str(config.General.name)
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -67,8 +63,8 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
     """The same log lines with nearly the same losses, and a checkpoint that both engines read."""
     torch_run, mxnet_run = load("torch"), load("mxnet")
     detection_module.fit(torch_run, format_config(torch_run))
-    monkeypatch.setattr(detection_module, "build_trainer", with_mxnet)
-    detection_module.fit(mxnet_run, format_config(mxnet_run))
+    detection_module.fit(mxnet_run, format_config(mxnet_run), engine="mxnet")
+    assert "engine: MXNet 1.9.1" in (tmp_path / "mxnet" / "log.txt").read_text()
     ours, theirs = records(torch_run), records(mxnet_run)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     assert [(line["step"], line["lr"]) for line in ours] == [(line["step"], line["lr"]) for line in theirs]
@@ -87,8 +83,11 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
     inference.test(config, path, None, 0)
     (written,) = (tmp_path / "mxnet").glob("*result.json")
     by_torch = json.loads(written.read_text())
-    monkeypatch.setattr(inference, "build_test_module", lambda config, weights, *_: MxnetModule(config, weights))
-    inference.test(config, path, None, 0)
+    called = []
+    forward = MxnetModule.forward
+    monkeypatch.setattr(MxnetModule, "forward", lambda self, **inputs: called.append(1) or forward(self, **inputs))
+    inference.test(config, path, None, 0, engine="mxnet")
+    assert called
     by_mxnet = json.loads(written.read_text())
     assert len(by_torch) == len(by_mxnet) > 0
     scores = [sorted(entry["score"] for entry in entries) for entries in (by_torch, by_mxnet)]
@@ -96,9 +95,8 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_resuming_goes_on_from_the_momentum(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(detection_module, "build_trainer", with_mxnet)
     whole, parts = load("whole"), load("parts")
-    detection_module.fit(whole, format_config(whole))
+    detection_module.fit(whole, format_config(whole), engine="mxnet")
     plain = MxnetTrainer.step
 
     def interrupted(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
@@ -109,12 +107,41 @@ def test_resuming_goes_on_from_the_momentum(load: Load, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patched:
         patched.setattr(MxnetTrainer, "step", interrupted)
-        detection_module.fit(parts, format_config(parts))
+        detection_module.fit(parts, format_config(parts), engine="mxnet")
     assert records(parts)[-1]["step"] == 7
-    detection_module.fit(parts, format_config(parts), resume=True)
+    detection_module.fit(parts, format_config(parts), resume=True, engine="mxnet")
     ended = [load_weights(tmp_path / name / "checkpoint-0002.safetensors")[0] for name in ("whole", "parts")]
     for name, value in ended[0].items():
         torch.testing.assert_close(ended[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume with another number of images a step MXNet's count of updates is not the step."""
+    common = ("OptimizeParam.optimizer.momentum=0", "OptimizeParam.schedule.lr_epoch=1")
+    config = load("moved", *common, "OptimizeParam.schedule.end_epoch=2")
+    plain = MxnetTrainer.step
+
+    def interrupted(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
+        record = plain(self, batches, step)
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return record
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MxnetTrainer, "step", interrupted)
+        detection_module.fit(config, format_config(config), engine="mxnet")
+    used = []
+
+    def watched(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
+        record = plain(self, batches, step)
+        used.append((record.lr, self.executor._optimizer.learning_rate))
+        return record
+
+    monkeypatch.setattr(MxnetTrainer, "step", watched)
+    config = load("moved", *common, "OptimizeParam.schedule.end_epoch=2", "General.batch_image=2")
+    detection_module.fit(config, format_config(config), resume=True, engine="mxnet")
+    assert len(used) == 9
+    assert all(ours == pytest.approx(theirs) for ours, theirs in used)
 
 
 def test_several_devices_are_refused(load: Load) -> None:
