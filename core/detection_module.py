@@ -14,6 +14,7 @@ from torch import Tensor
 
 from core.checkpoint import Checkpoint, Progress, epoch_stem, latest, prune, save_checkpoint, step_stem
 from core.coco_index import open_index
+from core.dataset import DetectionDataset
 from core.device import peak_memory, require_gpus, select_device, to_device
 from core.evaluation import STAT_NAMES
 from core.experiment import experiment_folder, find_start, lock_experiment, store_config
@@ -184,11 +185,18 @@ def _describe(config: Config, loader: TrainLoader, trainer: AnyTrainer) -> list[
     names = dataset.class_names
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return [
-        f"{dataset.num_image} images, {len(dataset)} samples an epoch, {loader.iter_per_epoch} steps; "
+        f"{_with_boxes(dataset)}, {len(dataset)} samples an epoch, {loader.iter_per_epoch} steps; "
         f"{len(names)} classes: {shown}",
         *trainer.describe(),
         *trainer.schedule.describe(),
     ]
+
+
+def _with_boxes(dataset: DetectionDataset) -> str:
+    total = sum(len(index.image_id) for index in dataset.indexes)
+    left_out = total - dataset.num_image
+    without = f" ({left_out} more have no box to train on)" if left_out else ""
+    return f"{dataset.num_image} images{without}"
 
 
 def _log_steps(log: TrainLog | NoLog, trainer: AnyTrainer, pending: list[StepRecord]) -> None:

@@ -28,7 +28,8 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step and write a checkpoint
     # processes share the cores: OpenMP would give each of them all
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // num_process)))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its story of a failure is a page long
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its story of a failure is a page long
     for attempt in range(MAX_RESTARTS + 1):
         added = [argument for argument in again if attempt and argument not in arguments]
         config = LaunchConfig(

@@ -53,11 +53,11 @@ class Iterations:
 def _num_sample(config: Config) -> int:
     """Samples of an epoch."""
     data = config.DatasetParam
-    images = sum(_num_image(one, data.data_root) for one in data.image_set)
+    images = sum(_num_image(one, data.data_root, config.OptimizeParam.schedule.end_epoch) for one in data.image_set)
     return images * (2 if data.flip else 1)
 
 
-def _num_image(image_set: str | ImageSet, data_root: str) -> int:
+def _num_image(image_set: str | ImageSet, data_root: str, end_epoch: int) -> int:
     """Images with a box to train on."""
     resolved = resolve(image_set, data_root)
     published = PUBLISHED.get(image_set) if isinstance(image_set, str) else None
@@ -67,7 +67,7 @@ def _num_image(image_set: str | ImageSet, data_root: str) -> int:
         raise FileNotFoundError(
             f"OptimizeParam.schedule.lr_iter: how many iterations an epoch of {resolved.name} has is not known, as "
             f"{resolved.annotation} does not exist; name the data with --data-root, or give epochs: "
-            f"--set {_LR}=15,20 --set {_WARMUP}=1"
+            f"--set {_LR}={0.6 * end_epoch:g},{0.8 * end_epoch:g} --set {_WARMUP}={min(1, 0.6 * end_epoch):g}"
         )
     from core.coco_index import open_index
     from core.dataset import DetectionDataset

@@ -213,6 +213,24 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_images(run: Run
     assert not (tmp_path / "run" / "checkpoint-0002.safetensors").exists()
 
 
+def test_missing_images_are_skipped_where_the_config_says_so(run: Run, data_root: Path, tmp_path: Path) -> None:
+    lacking = tmp_path / "lacking"
+    shutil.copytree(data_root, lacking)
+    victim = sorted((lacking / "demo" / "images" / "train").iterdir())[2]
+    victim.unlink()
+    here = (
+        f"DatasetParam.data_root={lacking}",
+        "OptimizeParam.schedule.end_epoch=1",
+        "OptimizeParam.schedule.lr_epoch=()",
+    )
+    with pytest.raises(FileNotFoundError, match=victim.name):
+        run(*here)
+    run(*here, "DatasetParam.bad_image=skip")
+    text = (tmp_path / "run" / "log.txt").read_text()
+    assert text.count(f"rank 0 skipped {victim}") == 1
+    assert (tmp_path / "run" / "checkpoint-0001.safetensors").exists()
+
+
 def test_a_truncated_image_is_named(run: Run, data_root: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(data_root, broken)
