@@ -193,7 +193,7 @@ def _describe(config: Config, loader: TrainLoader, trainer: AnyTrainer) -> list[
 
 
 def _with_boxes(dataset: DetectionDataset) -> str:
-    total = sum(len(index.image_id) for index in dataset.indexes)
+    total = sum(index.num_image for index in dataset.indexes)
     left_out = total - dataset.num_image
     without = f" ({left_out} more have no box to train on)" if left_out else ""
     return f"{dataset.num_image} images{without}"

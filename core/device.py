@@ -21,44 +21,53 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
     """
     if not gpus:
         return torch.device("cpu")
-    available = torch.cuda.device_count()
     if local_rank >= len(gpus):
         raise ValueError(
             f"process {local_rank} of this machine has no GPU: the config names {','.join(map(str, gpus))}; start one "
             "process for each, or name more with --gpus"
         )
-    if max(gpus) >= available:
-        present = ",".join(map(str, range(available))) or "cpu"
-        raise ValueError(
-            f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}: add "
-            f"--gpus {present}"
-        )
+    lacking = _lacking(gpus)
+    if lacking is not None:
+        problem, remedy = lacking
+        raise ValueError(f"{problem}: add {remedy}")
     return torch.device("cuda", gpus[local_rank])
 
 
 def require_gpus(config: Config) -> None:
     """Raises ValueError for a training on GPUs that this machine does not have: what to run instead, and what becomes
     of the images per update and of the learning rate."""
-    kvstore, optimize, available = config.KvstoreParam, config.OptimizeParam, torch.cuda.device_count()
-    if not kvstore.gpus or max(kvstore.gpus) < available:
+    kvstore, optimize = config.KvstoreParam, config.OptimizeParam
+    lacking = _lacking(kvstore.gpus)
+    if lacking is None:
         return
-    present = ",".join(map(str, range(available))) or "cpu"
-    step_image = config.General.batch_image * max(1, available) * kvstore.machines * optimize.accumulate
+    problem, remedy = lacking
+    step_image = config.General.batch_image * max(1, torch.cuda.device_count()) * kvstore.machines * optimize.accumulate
     by_rule = optimize.optimizer.lr_per_image * step_image
     message = (
-        f"the config asks for the GPUs {','.join(map(str, kvstore.gpus))}; this machine has {available}. Add "
-        f"--gpus {present}: an update is of {step_image} images then, for which the linear rule gives the learning "
-        f"rate {by_rule:g}"
+        f"{problem}. Add {remedy}: an update is of {step_image} images then, for which the linear rule gives the "
+        f"learning rate {by_rule:g}"
     )
     if optimize.optimizer.lr != optimize.optimizer.lr_per_image * optimize.step_image:
         message += f" (the config sets {optimize.optimizer.lr:g})"
     if optimize.step_image > step_image and optimize.step_image % step_image == 0:
         accumulate = optimize.accumulate * optimize.step_image // step_image
         message += (
-            f". Or add --gpus {present} --set OptimizeParam.accumulate={accumulate}: updates of {optimize.step_image} "
+            f". Or add {remedy} --set OptimizeParam.accumulate={accumulate}: updates of {optimize.step_image} "
             f"images at the learning rate {optimize.optimizer.lr:g}, as the config has them, one after another"
         )
     raise ValueError(message)
+
+
+def _lacking(gpus: Sequence[int]) -> tuple[str, str] | None:
+    """What is wrong with GPUs that this machine does not have, and the option that mends it."""
+    available = torch.cuda.device_count()
+    if not gpus or max(gpus) < available:
+        return None
+    present = ",".join(map(str, range(available))) or "cpu"
+    return (
+        f"the config asks for the GPUs {','.join(map(str, gpus))}; this machine has {available}",
+        f"--gpus {present}",
+    )
 
 
 def usable(gpus: Sequence[int]) -> tuple[int, ...]:

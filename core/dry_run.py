@@ -11,7 +11,7 @@ from core.coco_index import open_index
 from core.dataset import DetectionDataset
 from core.image_set import PUBLISHED, ImageSet, resolve
 from core.network_table import network_table
-from core.precision import Precision, precision
+from core.precision import Precision, asked_for, precision
 from core.schedule import build_schedule
 from core.step_memory import step_memory
 from symbol.passes import in_precision
@@ -46,9 +46,7 @@ def _precision(config: Config) -> Precision:
     """What the run computes in; its GPUs need not be here."""
     if not config.KvstoreParam.gpus:
         return precision(config.General, torch.device("cpu"))[0]
-    if config.General.bf16:
-        return "bfloat16"
-    return "float16" if config.General.fp16 else "float32"
+    return asked_for(config.General)
 
 
 def _indented(lines: list[str]) -> list[str]:

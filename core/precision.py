@@ -25,19 +25,27 @@ GROWTH_INTERVAL = 2000  # steps without overflow, after which the scale is doubl
 MOST_SKIPPED = 25  # steps in a row; more are no search for a scale
 
 
+def asked_for(general: General) -> Precision:
+    """What a GPU that has it computes in."""
+    if general.bf16:
+        return "bfloat16"
+    return "float16" if general.fp16 else "float32"
+
+
 def precision(general: General, device: torch.device) -> tuple[Precision, str]:
     """What General.fp16 and bf16 come to on a device, and a line for the log.
 
     A CPU computes in bfloat16, in place of float16 too, where its processor does that in hardware; else in float32.
     """
     asked = "bf16" if general.bf16 else "fp16"
-    if not (general.fp16 or general.bf16):
-        return "float32", "computing in float32"
+    wanted = asked_for(general)
+    if wanted == "float32":
+        return wanted, "computing in float32"
     if device.type == "cuda":
-        if general.bf16 and torch.cuda.get_device_capability(device) < (8, 0):
+        if wanted == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
             name = torch.cuda.get_device_name(device)
             return "float16", f"General.bf16 is set; {name} has no bfloat16: computing in float16"
-        return ("bfloat16", "computing in bfloat16") if general.bf16 else ("float16", "computing in float16")
+        return wanted, f"computing in {wanted}"
     if cpu_has_bfloat16():
         return "bfloat16", f"General.{asked} is set: computing in bfloat16, this processor's half type"
     return "float32", f"General.{asked} is set; this processor has no half type: computing in float32"

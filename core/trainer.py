@@ -119,28 +119,36 @@ class _MovingStatistics:
 
     def __init__(self, module: nn.Module, keep: bool) -> None:
         self._now = list(module.buffers())
-        self._begun = [buffer.clone() for buffer in self._now] if keep else []
+        self._begun = _copies(self._now) if keep else []
         self._sum: list[Tensor] = []
         self._num = 0
 
     def begin_again(self) -> None:
-        for buffer, begun in zip(self._now, self._begun, strict=True):
-            buffer.copy_(begun)
+        if self._begun:
+            torch._foreach_copy_(self._now, self._begun)
 
     def add(self) -> None:
         """A batch has moved them."""
         self._num += 1
-        self._sum = (
-            [s + now for s, now in zip(self._sum, self._now, strict=True)]
-            if self._sum
-            else [buffer.clone() for buffer in self._now]
-        )
+        if self._sum:
+            torch._foreach_add_(self._sum, self._now)
+        else:
+            self._sum = _copies(self._now)
 
     def finish(self, world: World) -> None:
         """The means over the batches, and over the processes of `world`."""
-        for buffer, total in zip(self._now, self._sum, strict=False):
-            buffer.copy_(total / self._num)
+        if self._sum:
+            torch._foreach_div_(self._sum, self._num)
+            torch._foreach_copy_(self._now, self._sum)
         world.mean_(self._now)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Made together: there are hundreds of small ones."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    if copies:
+        torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def _transform(transform: Any, batches: Sequence[Batch]) -> None:

@@ -172,7 +172,7 @@ def build_cpu(out: Path, extra: Sequence[str] = ()) -> bool:
     """The CPU library; `extra` flags for compiling and linking. False where it was up to date."""
     march = os.environ.get("NECKLACE_MARCH", "native")
     command = [*compiler(), *CXX_FLAGS, *([f"-march={march}"] if march else []), *extra]
-    macros = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+    macros = run([*command, "-dM", "-E", "-x", "c++", os.devnull])
     features = [name for macro, name in FEATURES.items() if f"#define {macro} " in macros]
     # what links to the library finds it by this name, wherever it was built
     name = f"-install_name,@rpath/{out.name}" if sys.platform == "darwin" else f"-soname,{out.name}"
@@ -220,7 +220,7 @@ def _report(kind: str, built: bool) -> str:
 
 def _info(command: Sequence[str], **facts: object) -> str:
     """The answer of nk_build_info. The same again: nothing has changed."""
-    first = _run([*command, "--version"]).strip().splitlines()
+    first = run([*command, "--version"]).strip().splitlines()
     version = next((line for line in first if "release" in line), first[0])
     return json.dumps({"sources": source_hash(), "compiler": version, "flags": " ".join(command[1:]), **facts})
 
@@ -237,9 +237,9 @@ def _build(out: Path, info: str, command: Sequence[str], suffix: str, link: Sequ
         objects = [Path(folder) / f"{source.stem}.o" for source in sources]
         jobs = [[*command, f"-I{HERE}", "-c", str(s), "-o", str(o)] for s, o in zip(sources, objects, strict=True)]
         with ThreadPoolExecutor(usable_cpus()) as pool:
-            list(pool.map(_run, jobs))
+            list(pool.map(run, jobs))
         linked = Path(folder) / out.name
-        _run([*link, *map(str, objects), "-o", str(linked)])
+        run([*link, *map(str, objects), "-o", str(linked)])
         os.replace(linked, out)
     return True
 
@@ -249,13 +249,25 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _run(command: Sequence[str]) -> str:
+def run(command: Sequence[str]) -> str:
     """What the command prints; its warnings go on to stderr."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
     sys.stderr.write(done.stderr)
     return done.stdout
+
+
+def failed(what: str, error: BuildError) -> int:
+    """Says so, and gives the exit status."""
+    print(f"{what}: not built: {error}", file=sys.stderr)
+    return NoCompilerError.STATUS if isinstance(error, NoCompilerError) else 1
+
+
+def succeeded(out: Path, built: bool) -> int:
+    """Says whether there was anything to do, and gives the exit status."""
+    print(f"{out}: {'built' if built else 'up to date'}")
+    return 0
 
 
 def main() -> int:
@@ -279,10 +291,8 @@ def main() -> int:
             archs = ALL_ARCHS if arguments.archs == "all" else arguments.archs
             built = build_cuda(out, archs, arguments.flag)
     except BuildError as error:
-        print(f"{arguments.kind or 'operators'}: not built: {error}", file=sys.stderr)
-        return NoCompilerError.STATUS if isinstance(error, NoCompilerError) else 1
-    print(f"{out}: {'built' if built else 'up to date'}")
-    return 0
+        return failed(arguments.kind or "operators", error)
+    return succeeded(out, built)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,16 @@ from operator_cxx.build import (
     CXX_FLAGS,
     NVCC_FLAGS,
     BuildError,
-    NoCompilerError,
     arch_flags,
     compiler,
     cuda_compiler,
+    failed,
     library_path,
     read_info,
+    run,
     source_hash,
+    succeeded,
 )
-from operator_cxx.build import _run as run
 
 HERE = Path(__file__).parent
 
@@ -96,10 +97,8 @@ def main() -> int:
     try:
         built = build(arguments.out, arguments.archs)
     except BuildError as error:
-        print(f"operators for MXNet: not built: {error}", file=sys.stderr)
-        return NoCompilerError.STATUS if isinstance(error, NoCompilerError) else 1
-    print(f"{arguments.out}: {'built' if built else 'up to date'}")
-    return 0
+        return failed("operators for MXNet", error)
+    return succeeded(arguments.out, built)
 
 
 if __name__ == "__main__":

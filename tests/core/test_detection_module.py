@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +18,7 @@ from core.detection_module import fit
 from core.loader import Batch
 from core.trainer import Trainer
 from tests.core.conftest import Run
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """The process gets a real SIGINT in the middle of this step."""
-    plain = Trainer.step
-
-    def interrupted(self: Trainer, batches: list[Batch], number: int) -> Any:
-        record = plain(self, batches, number)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return record
-
-    monkeypatch.setattr(Trainer, "step", interrupted)
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+from tests.small_run import records, stop_at
 
 
 def test_a_run_writes_checkpoints_its_config_and_its_log(run: Run, tmp_path: Path) -> None:

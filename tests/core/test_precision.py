@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from core.loader import Batch, make_train_loader
 from core.precision import MOST_SKIPPED, LossScale, cpu_has_bfloat16
 from core.trainer import Trainer, build_trainer
 from tests.core.conftest import Run
-from tests.core.test_detection_module import records
+from tests.small_run import records, stop_at
 
 CPU = torch.device("cpu")
 
@@ -186,17 +184,9 @@ def test_a_run_in_float16_logs_its_scale_and_resumes_to_the_same_bytes(
     computed_in("float16")
     monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**27)  # the first steps overflow
     monkeypatch.setattr(precision, "GROWTH_INTERVAL", 4)
-    plain = Trainer.step
-
-    def interrupted(self: Trainer, batches: list[Batch], number: int) -> Any:
-        record = plain(self, batches, number)
-        if number == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return record
-
     run("General.fp16=True", name="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", interrupted)
+        stop_at(patch, 6)
         run("General.fp16=True", name="parts")
     stopped = latest(tmp_path / "parts")
     assert stopped is not None

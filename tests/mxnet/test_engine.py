@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from core import detection_module, inference
 from core.checkpoint import load_weights
 from core.mxnet_engine import MxnetModule, MxnetTrainer, build_trainer
 from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_run import records, stop_at
 from utils.make_demo_dataset import make_demo_dataset
 
 SMALL = [
@@ -54,18 +53,13 @@ def load(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lo
     return load
 
 
-def records(config: Config) -> list[dict[str, Any]]:
-    folder = Path(config.General.output_root) / str(config.General.name)
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same log lines with nearly the same losses, and a checkpoint that both engines read."""
     torch_run, mxnet_run = load("torch"), load("mxnet")
     detection_module.fit(torch_run, format_config(torch_run))
     detection_module.fit(mxnet_run, format_config(mxnet_run), engine="mxnet")
     assert "engine: MXNet 1.9.1" in (tmp_path / "mxnet" / "log.txt").read_text()
-    ours, theirs = records(torch_run), records(mxnet_run)
+    ours, theirs = records(tmp_path / "torch"), records(tmp_path / "mxnet")
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     assert [(line["step"], line["lr"]) for line in ours] == [(line["step"], line["lr"]) for line in theirs]
     for key in ("cls_loss", "reg_loss", "grad_norm", "fg_acc"):
@@ -97,18 +91,10 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
 def test_resuming_goes_on_from_the_momentum(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole, parts = load("whole"), load("parts")
     detection_module.fit(whole, format_config(whole), engine="mxnet")
-    plain = MxnetTrainer.step
-
-    def interrupted(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
-        record = plain(self, batches, step)
-        if step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return record
-
     with monkeypatch.context() as patched:
-        patched.setattr(MxnetTrainer, "step", interrupted)
+        stop_at(patched, 6, MxnetTrainer)
         detection_module.fit(parts, format_config(parts), engine="mxnet")
-    assert records(parts)[-1]["step"] == 7
+    assert records(tmp_path / "parts")[-1]["step"] == 7
     detection_module.fit(parts, format_config(parts), resume=True, engine="mxnet")
     ended = [load_weights(tmp_path / name / "checkpoint-0002.safetensors")[0] for name in ("whole", "parts")]
     for name, value in ended[0].items():
@@ -120,15 +106,8 @@ def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monke
     common = ("OptimizeParam.optimizer.momentum=0", "OptimizeParam.schedule.lr_epoch=1")
     config = load("moved", *common, "OptimizeParam.schedule.end_epoch=2")
     plain = MxnetTrainer.step
-
-    def interrupted(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
-        record = plain(self, batches, step)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return record
-
     with monkeypatch.context() as patched:
-        patched.setattr(MxnetTrainer, "step", interrupted)
+        stop_at(patched, 4, MxnetTrainer)
         detection_module.fit(config, format_config(config), engine="mxnet")
     used = []
 

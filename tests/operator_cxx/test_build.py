@@ -298,9 +298,9 @@ def test_without_cython_the_kernels_are_built_all_the_same(tmp_path):
 @pytest.mark.parametrize("stem", build.STEMS)
 def test_sources_compile_without_a_warning(stem):
     source = build.HERE / f"{stem}.cc"
-    build._run([*build.compiler(), *build.CXX_FLAGS, "-Werror", "-fsyntax-only", str(source)])
+    build.run([*build.compiler(), *build.CXX_FLAGS, "-Werror", "-fsyntax-only", str(source)])
 
 
 def test_the_interface_is_c():
     strict = ["-x", "c", "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    build._run([*build.compiler(), *strict, "-fsyntax-only", str(build.HERE / "necklace.h")])
+    build.run([*build.compiler(), *strict, "-fsyntax-only", str(build.HERE / "necklace.h")])
