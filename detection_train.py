@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_run(config, parsed.resume)
         given = list(sys.argv[1:] if arguments is None else arguments)
         sys.exit(launch(__file__, given, config.KvstoreParam.num_device, again=["--resume"]))
-    fit(config, format_config(config), resume=parsed.resume, engine=parsed.engine)
+    status = fit(config, format_config(config), resume=parsed.resume, engine=parsed.engine)
+    if status:
+        sys.exit(status)
 
 
 def run(program: Callable[[], None]) -> None:
@@ -81,8 +83,7 @@ def run(program: Callable[[], None]) -> None:
             raise
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        from core.launch import RETRY
-        from core.world import LostProcessError
+        from core.world import RETRY, LostProcessError
 
         if not isinstance(error, LostProcessError):
             raise

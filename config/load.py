@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,4 +139,13 @@ def _missing(path: str) -> str:
 
 
 def _files(folder: Path, name: str = "") -> str:
-    return nearest(name, sorted(file.name for file in folder.glob("*.py"))) or "no .py file"
+    """The config files of a folder that are most like `name`; recipes and other modules beside them are none."""
+    found = [file.name for file in sorted(folder.glob("*.py")) if re.search(rb"^def get_config\b", _read(file), re.M)]
+    return nearest(name, found) or "no config file (.py, with a function get_config)"
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError:  # a folder of that name, or a link to nowhere
+        return b""

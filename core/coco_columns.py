@@ -43,11 +43,12 @@ def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
     names = [image["file_name"].encode() for image in images]
     height = np.array([image["height"] for image in images], np.int32)
     width = np.array([image["width"] for image in images], np.int32)
-    box, box_offset = _boxes(annotations, image_id, height, width, [i for i, _ in categories])
+    box, box_offset, left_out = _boxes(annotations, image_id, height, width, [i for i, _ in categories])
     facts: dict[str, Any] = {
         "has_annotation": has_annotation,
         "category_ids": [i for i, _ in categories],
         "class_names": [name for _, name in categories],
+        **left_out,
     }
     columns: Columns = {
         "image_id": image_id,
@@ -162,8 +163,9 @@ def _boxes(
     height: np.ndarray,
     width: np.ndarray,
     category_ids: list[int],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes to train on, (M, 5) float32 in the order of the images, and their offsets, (N + 1,) int64."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+    """Boxes to train on, (M, 5) float32 in the order of the images, their offsets, (N + 1,) int64, and how many are
+    left out, by reason."""
     path = annotations.path
     ids = np.frombuffer(annotations.id, np.int64)  # views: tens of millions of boxes shall not lie there twice
     xywh = np.frombuffer(annotations.xywh, np.float64).reshape(-1, 4)  # (M, 4)
@@ -184,11 +186,13 @@ def _boxes(
     x2 = np.minimum(width[image] - 1, x1 + np.maximum(0, w - 1))
     y2 = np.minimum(height[image] - 1, y1 + np.maximum(0, h - 1))
     outside = (x + np.maximum(1, w) <= 0) | (y + np.maximum(1, h) <= 0) | (x2 < x1) | (y2 < y1)
-    keep = ~np.frombuffer(annotations.crowd, bool) & (area > 0) & ~outside
+    crowd, fit = np.frombuffer(annotations.crowd, bool), (area > 0) & ~outside
+    keep = ~crowd & fit
+    left_out = {"num_crowd": int(crowd.sum()), "num_unfit": int((~crowd & ~fit).sum())}
     box = np.column_stack([column[keep].astype(np.float32) for column in (x1, y1, x2, y2, label)])
     image = image[keep]
     offset = np.concatenate([[0], np.cumsum(np.bincount(image, minlength=len(image_id)))])
-    return box[np.argsort(image, kind="stable")], offset.astype(np.int64)
+    return box[np.argsort(image, kind="stable")], offset.astype(np.int64), left_out
 
 
 def _positions(values: np.ndarray, known: np.ndarray, ids: np.ndarray, what: str, path: str) -> np.ndarray:

@@ -24,7 +24,7 @@ from core.atomic_file import atomic_file
 from core.coco_columns import Columns, read_columns
 from core.image_set import ImageSet, require_annotation, require_image_dir
 
-_FORMAT = 2  # part of the cache key: raise it when the columns or the rule for boxes change
+_FORMAT = 3  # part of the cache key: raise it when the columns or the rule for boxes change
 _META = "meta.json"
 _SHOWN = 5  # offenders that an error names
 _SETTLED_NS = 2 * 10**9  # file systems keep times to 2 s or better
@@ -39,6 +39,8 @@ class CocoIndex:
     has_annotation: bool  # False for image_info files, which hold no boxes
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
+    num_crowd: int  # boxes that are left out as crowds
+    num_unfit: int  # and those without area or outside of their image
     image_id: np.ndarray  # (N,) int64
     height: np.ndarray  # (N,) int32
     width: np.ndarray  # (N,) int32
@@ -126,6 +128,8 @@ def _load(folder: Path, image_set: ImageSet) -> CocoIndex:
         has_annotation=meta["has_annotation"],
         category_ids=tuple(meta["category_ids"]),
         class_names=tuple(meta["class_names"]),
+        num_crowd=meta["num_crowd"],
+        num_unfit=meta["num_unfit"],
         **columns,
     )
 
@@ -177,8 +181,7 @@ def _check_images(index: CocoIndex) -> None:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
         raise FileNotFoundError(
             f"image set {index.image_set.name!r}: {len(missing)} of {index.num_image} images named "
-            f"in {index.image_set.annotation} are not in {image_dir}: {shown}; "
-            f"fetch them, or name the folder that holds them with --data-root (DatasetParam.data_root)"
+            f"in {index.image_set.annotation} are not in {image_dir}: {shown}; {index.image_set.remedy}"
         )
     # in a folder of the last moments a file may still vanish under the same time stamp
     if all(time_ns is not None and time_ns < began - _SETTLED_NS for time_ns in folders.values()):

@@ -27,11 +27,11 @@ from core.sample_order import Position
 from core.stop_request import StopRequest
 from core.train_log import NoLog, TrainLog
 from core.trainer import StepRecord, Trainer, build_trainer
-from core.world import ALONE, LostProcessError, World, join, launched_size
+from core.world import LostProcessError, World, join, launched_size
 from operator_cxx import library
 
 if TYPE_CHECKING:
-    from config.schema import Config
+    from config.schema import Config, KvstoreParam
     from core.mxnet_engine import MxnetTrainer
 
     AnyTrainer = Trainer | MxnetTrainer
@@ -58,39 +58,51 @@ def check_run(config: Config, resume: bool) -> None:
     _check_evaluation(config)
 
 
-def fit(config: Config, config_text: str, resume: bool = False, engine: str = "torch") -> None:
+def fit(config: Config, config_text: str, resume: bool = False, engine: str = "torch") -> int:
     """Train from the first step, or from the newest checkpoint, to OptimizeParam.schedule.end_epoch.
 
     config_text is stored with the experiment; engine is torch or mxnet. In a process that a launcher started, this is
-    one of KvstoreParam.num_device that train together. Raises ValueError, before anything is written, for an experiment
-    folder that holds another run, for data or weights that do not fit; FloatingPointError for a loss that is not
-    finite; MemoryError for a step that does not fit; LostProcessError where another process died or stalled. SIGINT and
-    SIGTERM end it after the step, with a checkpoint.
+    one of those that train together: one for each device, with engine mxnet for each machine. Raises ValueError, before
+    anything is written, for an experiment folder that holds another run, for data or weights that do not fit;
+    FloatingPointError for a loss that is not finite; MemoryError for a step that does not fit; LostProcessError where
+    another process died or stalled. SIGINT and SIGTERM end it after the step, with a checkpoint. Returns the exit
+    status: 0, or that of a run which a signal ended.
     """
-    if engine == "mxnet":
-        _train(config, config_text, resume, torch.device("cpu"), ALONE, engine)
-        return
-    launched, wanted = launched_size() or 1, config.KvstoreParam.num_device
-    if launched != wanted:
-        raise ValueError(
-            f"the launcher started {launched} processes, and the config is for {wanted} devices (KvstoreParam.gpus, "
-            "processes, machines): start as many, one a device, or change the config with --gpus or --set"
-        )
-    require_gpus(config)
-    device = select_device(config.KvstoreParam.gpus, int(os.environ.get("LOCAL_RANK", "0")))
+    _require_processes(config.KvstoreParam, engine)
+    device = torch.device("cpu")  # MXNet takes batches from there
+    if engine == "torch":
+        require_gpus(config)
+        device = select_device(config.KvstoreParam.gpus, int(os.environ.get("LOCAL_RANK", "0")))
     with join(device) as world:
-        _train(config, config_text, resume, device, world, engine)
+        return _train(config, config_text, resume, device, world, engine)
 
 
-def _train(config: Config, config_text: str, resume: bool, device: torch.device, world: World, engine: str) -> None:
+def _require_processes(kvstore: KvstoreParam, engine: str) -> None:
+    launched = launched_size() or 1
+    if engine == "torch" and launched != kvstore.num_device:
+        raise ValueError(
+            f"the launcher started {launched} processes, and the config is for {kvstore.num_device} devices "
+            "(KvstoreParam.gpus, processes, machines): start as many, one a device, or change the config with --gpus "
+            "or --set"
+        )
+    if engine == "mxnet" and launched != kvstore.machines:
+        raise ValueError(
+            f"KvstoreParam.machines is {kvstore.machines}, and {launched} processes were started: the engine mxnet has "
+            "one on each machine, for all of its devices; start detection_train.py on each with torchrun "
+            f"--nnodes {kvstore.machines} --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST"
+        )
+
+
+def _train(config: Config, config_text: str, resume: bool, device: torch.device, world: World, engine: str) -> int:
     start = find_start(config, resume)
-    loader = make_train_loader(config, rank=world.rank, size=world.size)
+    num_device = config.KvstoreParam.num_device // world.size  # of this process
+    loader = make_train_loader(config, rank=world.rank, size=world.size, num_device=num_device)
     _check_evaluation(config)
     trainer: AnyTrainer
     if engine == "mxnet":
         from core import mxnet_engine  # its operators are built for it alone
 
-        trainer, built = mxnet_engine.build_trainer(config, loader.iter_per_epoch, start)
+        trainer, built = mxnet_engine.build_trainer(config, loader.iter_per_epoch, start, world)
     else:
         with explained_memory(config, device, "the start"):
             trainer, built = build_trainer(config, device, loader.iter_per_epoch, start, world)
@@ -119,11 +131,13 @@ def _train(config: Config, config_text: str, resume: bool, device: torch.device,
             log = held.enter_context(TrainLog(folder, step, loader.end_step, loader.iter_per_epoch, begun))
         for note in [*notes, *_describe(config, loader, trainer)]:
             log.info(note)
-        _run_steps(trainer, loader, step, log)
+        if trainer.kvstore is not None:
+            held.enter_context(trainer.kvstore)
+        return _run_steps(trainer, loader, step, log)
 
 
-def _run_steps(trainer: AnyTrainer, loader: TrainLoader, step: int, log: TrainLog | NoLog) -> None:
-    """Steps from `step` to the loader's end, or until a process is asked to stop."""
+def _run_steps(trainer: AnyTrainer, loader: TrainLoader, step: int, log: TrainLog | NoLog) -> int:
+    """Steps from `step` to the loader's end, or until a process is asked to stop. Returns what `fit` does."""
     config, world = trainer.config, trainer.world
     assert loader.end_step is not None
     pending: list[StepRecord] = []  # steps whose numbers the host has not read yet
@@ -163,6 +177,8 @@ def _run_steps(trainer: AnyTrainer, loader: TrainLoader, step: int, log: TrainLo
             log.info("nothing is left to train; to train on, resume with a larger OptimizeParam.schedule.end_epoch")
         elif step < loader.end_step:
             log.info(f"stopped after step {step}; the same command with --resume goes on from there")
+            return stop.status
+        return 0
 
 
 def _first_step(start: Checkpoint | None, loader: TrainLoader) -> int:
@@ -193,10 +209,14 @@ def _describe(config: Config, loader: TrainLoader, trainer: AnyTrainer) -> list[
 
 
 def _with_boxes(dataset: DetectionDataset) -> str:
-    total = sum(index.num_image for index in dataset.indexes)
-    left_out = total - dataset.num_image
-    without = f" ({left_out} more have no box to train on)" if left_out else ""
-    return f"{dataset.num_image} images{without}"
+    indexes = dataset.indexes
+    counts = {
+        "images without a box to train on": sum(index.num_image for index in indexes) - dataset.num_image,
+        "boxes without area or outside of their image": sum(index.num_unfit for index in indexes),
+        "crowd boxes": sum(index.num_crowd for index in indexes),
+    }
+    left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    return f"{dataset.num_image} images{f' (left out: {left_out})' if left_out else ''}"
 
 
 def _log_steps(log: TrainLog | NoLog, trainer: AnyTrainer, pending: list[StepRecord]) -> None:
@@ -312,9 +332,7 @@ def _evaluate(trainer: AnyTrainer, step: int, iter_per_epoch: int, log: TrainLog
     config, image_set = trainer.config, trainer.config.TestParam.eval_image_set
     assert image_set is not None  # config.check
     world, device, epoch = trainer.world, trainer.device, step // iter_per_epoch
-    with explained_memory(
-        config, device, f"the evaluation after epoch {epoch}, of {config.TestParam.batch_image} images"
-    ):
+    with explained_memory(config, device, f"the evaluation after epoch {epoch}", is_test=True):
         module = build_test_module(config, trainer.module.state_dict(), device, "training")
         tested = test_image_set(config, module, image_set, experiment_folder(config), device, world.rank, world.size)
     log.restart_clock()

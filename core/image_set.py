@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +23,14 @@ class ImageSet:
     name: str
     annotation: str
     image_dir: str
+    by_name: bool = field(default=False, repr=False, compare=False)  # `resolve` found its paths in the data root
+
+    @property
+    def remedy(self) -> str:
+        """What to do where its files are missing."""
+        if self.by_name:
+            return "put the files there, or name the folder that holds them with --data-root (DatasetParam.data_root)"
+        return "put the files there, or correct the path in the config's ImageSet (--data-root has no effect on it)"
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ PUBLISHED: Final[Mapping[str, Published]] = {
     "coco_test-dev2017": Published(num_class=80, num_image=20288),
 }
 
-_REMEDY = "put the files there, or name the folder that holds them with --data-root (DatasetParam.data_root)"
+# parts of val2014 that have annotations of their own, but no folder of images
+_IMAGES: Final[Mapping[str, str]] = {"minival2014": "val2014", "valminusminival2014": "val2014"}
 
 
 def resolve(image_set: str | ImageSet, data_root: str) -> ImageSet:
@@ -48,7 +57,7 @@ def resolve(image_set: str | ImageSet, data_root: str) -> ImageSet:
     `coco_train2017` is `<data root>/coco/annotations/instances_train2017.json` with
     `<data root>/coco/images/train2017`. COCO publishes no boxes of its test splits: where
     `instances_<split>.json` does not exist, a split `test...` is `image_info_<split>.json`; the images of
-    `test-dev2017` lie in `images/test2017`.
+    `test-dev2017` lie in `images/test2017`, those of `minival2014` and `valminusminival2014` in `images/val2014`.
 
     Missing files are reported by those who open them: `class_names` and `core.coco_index.open_index`.
     Raises ValueError for a name that is not `<dataset>_<split>`.
@@ -65,20 +74,20 @@ def resolve(image_set: str | ImageSet, data_root: str) -> ImageSet:
     annotation = folder / "annotations" / f"instances_{split}.json"
     if split.startswith("test") and not annotation.exists():
         annotation = annotation.with_name(f"image_info_{split}.json")
-    image_dir = folder / "images" / split.replace("test-dev", "test")
-    return ImageSet(image_set, str(annotation), str(image_dir))
+    image_dir = folder / "images" / _IMAGES.get(split, split.replace("test-dev", "test"))
+    return ImageSet(image_set, str(annotation), str(image_dir), by_name=True)
 
 
 def require_annotation(image_set: ImageSet) -> None:
     """Raises FileNotFoundError, naming the first missing folder, where the json does not exist."""
     if not Path(image_set.annotation).is_file():
-        raise FileNotFoundError(_missing(image_set.name, "annotation file", image_set.annotation))
+        raise FileNotFoundError(_missing(image_set, "annotation file", image_set.annotation))
 
 
 def require_image_dir(image_set: ImageSet) -> None:
     """Raises FileNotFoundError, naming the first missing folder, where the image folder does not exist."""
     if not Path(image_set.image_dir).is_dir():
-        raise FileNotFoundError(_missing(image_set.name, "image folder", image_set.image_dir))
+        raise FileNotFoundError(_missing(image_set, "image folder", image_set.image_dir))
 
 
 def class_names(image_set: ImageSet) -> tuple[str, ...]:
@@ -159,10 +168,10 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def _missing(name: str, what: str, path: str) -> str:
+def _missing(image_set: ImageSet, what: str, path: str) -> str:
     parents = [parent for parent in Path(path).absolute().parents if not parent.exists()]
     gone = f" (the folder {parents[-1]} does not exist)" if parents else ""
-    return f"image set {name!r}: {what} {path} not found{gone}; {_REMEDY}"
+    return f"image set {image_set.name!r}: {what} {path} not found{gone}; {image_set.remedy}"
 
 
 def _scan_categories(path: str) -> list[Any] | None:

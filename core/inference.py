@@ -29,6 +29,7 @@ from core.first_weights import load_given_weights, shapes_of
 from core.image import read_image
 from core.image_set import ImageSet
 from core.loader import TestLoader, make_test_loader
+from core.out_of_memory import explained_memory
 from core.precision import precision
 from core.world import ALONE, World
 from operator_cxx.nms import nms, soft_nms
@@ -190,16 +191,17 @@ def test(
 ) -> list[TestResult]:
     """Test on every image set of the config and print what came of it; see `detection_test.py`.
 
-    checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into the
-    experiment's folder. Several processes, `world`, share the images, each on its own `device` (None: the config's
+    checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into
+    `result_folder`. Several processes, `world`, share the images, each on its own `device` (None: the config's
     first one); the first process writes, prints and returns the results. engine is torch or mxnet. Raises
-    FileNotFoundError and ValueError for weights or images that are missing or do not fit.
+    FileNotFoundError and ValueError for weights or images that are missing or do not fit, MemoryError for a batch that
+    does not fit.
     """
     if engine == "mxnet":
         device = torch.device("cpu")  # where batches are made and detections are thinned
     device = device or select_device(config.KvstoreParam.gpus[:1])
-    folder = experiment_folder(config)
-    path = checkpoint or find_weights(folder, epoch)
+    path = checkpoint or find_weights(experiment_folder(config), epoch)
+    folder = result_folder(experiment_folder(config), path)
     weights, progress = load_given_weights(path)
     names = config.DatasetParam.class_names
     if names and progress.class_names and names != progress.class_names:
@@ -219,7 +221,8 @@ def test(
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
     for image_set in config.DatasetParam.image_set:
-        tested = test_image_set(config, module, image_set, folder, device, world.rank, world.size)
+        with explained_memory(config, device, "the test", is_test=True):
+            tested = test_image_set(config, module, image_set, folder, device, world.rank, world.size)
         if tested is None:
             continue
         print(f"wrote {tested.result}")
@@ -234,6 +237,19 @@ def test(
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # not pytest's
+
+
+def result_folder(experiment: Path, weights: Path) -> Path:
+    """Where a test of these weights writes: the experiment's folder has the results of its newest checkpoint, and those
+    of other weights lie in folders beside them, so that no test replaces the result of other weights."""
+    try:
+        if find_weights(experiment).samefile(weights):
+            return experiment
+    except (OSError, ValueError):  # there is none, or a damaged one, which other weights can do without
+        pass
+    parent = weights.parent.resolve()
+    origin = "" if parent == experiment.resolve() else f"{parent.name}-"
+    return experiment / f"tested-{origin}{weights.stem}"
 
 
 def draw_results(tested: TestResult, folder: Path, num_draw: int) -> list[Path]:

@@ -13,10 +13,10 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from core.world import RETRY
 from operator_cxx.build import usable_cpus
 
 MAX_RESTARTS = 3
-RETRY = 75  # the exit status (EX_TEMPFAIL) of a process that lost the others, or waited for them in vain
 
 
 def launch(script: str, arguments: Sequence[str], num_process: int, again: Sequence[str] = ()) -> int:

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from itertools import count
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import cv2
@@ -27,6 +25,7 @@ from core.batch_reader import Batch, BatchReader, SkipBadImages, too_many
 from core.coco_index import open_index
 from core.dataset import DetectionDataset, Failure
 from core.image_set import ImageSet, resolve
+from core.parent_process import end_with
 from core.sample_order import Part, Position, epoch_batches, ordered_batches, part_of, spare_samples
 from operator_cxx.build import usable_cpus
 
@@ -159,8 +158,8 @@ class TestLoader:
         return [place for turn in turns for place in range(starts[turn], starts[turn + 1])]
 
 
-def make_train_loader(config: Config, rank: int = 0, size: int = 1) -> TrainLoader:
-    """The training batches of one of an experiment's processes, of General.batch_image images.
+def make_train_loader(config: Config, rank: int = 0, size: int = 1, num_device: int = 1) -> TrainLoader:
+    """The training batches, of General.batch_image images, of one of an experiment's processes and its devices.
 
     Raises what `open_index` and `DetectionDataset` raise.
     """
@@ -173,7 +172,7 @@ def make_train_loader(config: Config, rank: int = 0, size: int = 1) -> TrainLoad
         batch_image=config.General.batch_image,
         square=config.ResizeParam.short == config.ResizeParam.long,
         num_worker=config.General.loader_worker,
-        accumulate=config.OptimizeParam.accumulate,
+        accumulate=config.OptimizeParam.accumulate * num_device,
         rank=rank,
         size=size,
         bad_image_limit=data.bad_image_limit if data.bad_image == "skip" else None,
@@ -231,14 +230,7 @@ def _init_worker(parent: int, worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the threads
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the training process answers
         signal.signal(number, signal.SIG_IGN)
-    Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """torch's own watch misses a training process that is killed while its workers start."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
+    end_with(parent)  # torch's own watch misses a training process that is killed while its workers start
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,10 +1,12 @@
-"""MXNet as the engine: its executor, its SGD, our operators. All else is what the engine torch uses too.
+"""MXNet as the engine: its executor, its SGD, its kvstore, our operators. All else is what the engine torch uses too.
 
-Runs on one device. On a CPU this was tried with MXNet 1.9.1; on GPUs, with a CUDA build of MXNet, it was not.
+On CPUs this was tried with MXNet 1.9.1; on GPUs, with a CUDA build of MXNet, it was not.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,10 +18,19 @@ from torch import Tensor, nn
 from core import trainer as torch_engine
 from core.checkpoint import Checkpoint
 from core.loader import Batch
-from core.mxnet_graph import RateOfStep, bind_module, executor_gradients, load_symbol, loss_values, state_of
+from core.mxnet_graph import (
+    RateOfStep,
+    bind_module,
+    gradients_of,
+    load_symbol,
+    loss_values,
+    state_of,
+    statistics_of,
+)
+from core.mxnet_kvstore import Kvstore
 from core.precision import Precision
 from core.schedule import LrSchedule
-from core.trainer import StepRecord
+from core.trainer import StepRecord, transform_batches
 from core.world import ALONE, World
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol
@@ -43,95 +54,245 @@ class Weights:
 
 @dataclass(frozen=True)
 class MxnetTrainer:
-    """What core.detection_module needs of a trainer, by MXNet."""
+    """What core.detection_module needs of a trainer, by MXNet.
+
+    A process computes on all devices of its machine, each with a module of its own. All of them make the same update,
+    from gradients that the kvstore added up.
+    """
 
     config: Config
     graph: Symbol
-    executor: Any  # a bound mx.mod.Module
+    executors: list[Any]  # a bound mx.mod.Module for every device
+    kvstore: Kvstore
     module: Weights
     schedule: LrSchedule
-    metrics: list[tuple[Any, slice]]  # each with the span of its outputs among the executor's
+    metrics: list[tuple[Any, slice]]  # each with the span of its outputs among an executor's
     device: torch.device  # where batches are made: the CPU
     world: World = ALONE
     scale: None = None
     computed_in: Precision = "float32"
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
-        """One update."""
-        mx = load_mxnet()
-        (batch,) = batches
-        for transform in self.config.transform.batch:
-            transform.apply(batch)
-        inputs = {name: batch[name].float().numpy() for name in self.config.data_name + self.config.label_name}
-        labels = [mx.nd.array(inputs[name]) for name, *_ in self.executor.label_shapes]
-        self.executor.forward(mx.io.DataBatch([mx.nd.array(inputs["data"])], labels), is_train=True)
-        self.executor.backward()
-        losses = loss_values(self.graph, self.executor, inputs["rpn_cls_label"])
-        gradients = executor_gradients(self.executor)
-        norm = float(np.sqrt(sum(np.square(gradient, dtype=np.float64).sum() for gradient in gradients.values())))
-        self.executor._optimizer.lr_scheduler.step = step
-        self.executor.update()
-        outputs = self.executor.get_outputs()
-        for metric, span in self.metrics:
-            watched = [torch.from_numpy(output.asnumpy()) for output in outputs[span]]
-            metric.update([batch[name] for name in metric.label_names], watched)
-        return StepRecord(step, self.schedule.lr_at(step), batch["files"], torch.tensor([*losses, norm]))
+        """One update from OptimizeParam.accumulate batches for every device, as torch's engine makes it of as many."""
+        transform_batches(self.config, batches)
+        num = len(self.executors)
+        rounds = [batches[i : i + num] for i in range(0, len(batches), num)]
+        statistics = _MovingStatistics(self.executors, keep=len(rounds) > 1)
+        for executor, batch in zip(self.executors, batches, strict=False):
+            if len(rounds) > 1 or not batch["files"]:
+                _clear(gradients_of(executor))
+        losses = []
+        for number, parts in enumerate(rounds):
+            if number:
+                statistics.begin_again()
+            losses += self._forward_backward(parts)
+            if len(rounds) > 1:
+                statistics.add()
+        norm = self._mean_gradient()
+        statistics.finish(self.kvstore)
+        for executor in self.executors:
+            executor._optimizer.lr_scheduler.step = step
+            executor.update()
+        files = [path for batch in batches for path in batch["files"]]
+        mean = np.mean(losses, axis=0)  # (L,)
+        return StepRecord(step, self.schedule.lr_at(step), files, torch.tensor([*mean, norm]))
 
     def state(self) -> dict[str, Tensor]:
         """The momentum of every trained parameter."""
-        names, weights = self.executor._optimizer.idx2name, self.executor.get_params()[0]
+        first = self.executors[0]
+        names, weights = first._optimizer.idx2name, first.get_params()[0]
         return {
             # MXNet keeps none where the factor of momentum is 0
             names[i]: torch.zeros(weights[names[i]].shape) if state is None else torch.from_numpy(state.asnumpy())
-            for i, state in self.executor._updater.states.items()
+            for i, state in first._updater.states.items()
         }
 
     def describe(self) -> list[str]:
         """How it computes, as lines for the log."""
-        lines = [f"engine: MXNet {load_mxnet().__version__} on {contexts(self.config)[0]}, in float32"]
+        where, kvstore = contexts(self.config), self.config.KvstoreParam
+        shared = f", gradients added up by kvstore {kvstore.kvstore}" if kvstore.num_device > 1 else ""
+        machines = f" on each of {kvstore.machines} machines" if kvstore.machines > 1 else ""
+        lines = [
+            f"engine: MXNet {load_mxnet().__version__} on {', '.join(map(str, where))}{machines}, in float32{shared}"
+        ]
         if self.config.ModelParam.memonger:
             lines.append("ModelParam.memonger is not read by this engine: nothing is computed again")
         return lines
 
+    def _forward_backward(self, parts: Sequence[Batch]) -> list[list[float]]:
+        """The losses (L,) of a batch on every device. Gradients of those without images stay as they were."""
+        computed = {place: batch for place, batch in enumerate(parts) if batch["files"]}
+        if computed and self.config.NormalizeParam.type == "syncbn":
+            # its BatchNorm waits for all devices: one without images gets another's, from which there is no loss
+            without = _without_labels(next(iter(computed.values())))
+            computed |= {place: without for place in range(len(parts)) if place not in computed}
+        inputs = {place: self._inputs(batch, place) for place, batch in computed.items()}
+        for place, given in inputs.items():  # binding anew waits for what runs, so before any device begins
+            _fit(self.executors[place], given)
+        for place, given in inputs.items():
+            self.executors[place].forward(given, is_train=True)
+        for place in computed:
+            self.executors[place].backward()
+        losses = [[0.0] * len(self.graph) for _ in parts]
+        for place, batch in computed.items():
+            executor = self.executors[place]
+            losses[place] = loss_values(self.graph, executor, batch["rpn_cls_label"].numpy())
+            outputs = executor.get_outputs()
+            for metric, span in self.metrics:
+                watched = [torch.from_numpy(output.asnumpy()) for output in outputs[span]]
+                metric.update([batch[name] for name in metric.label_names], watched)
+        return losses
 
-def build_trainer(config: Config, iter_per_epoch: int, start: Checkpoint | None) -> tuple[MxnetTrainer, list[str]]:
-    """The network with its first weights, and lines for the log. Raises ValueError for what this engine does not do."""
-    if config.KvstoreParam.num_device > 1 or config.OptimizeParam.accumulate > 1:
+    def _inputs(self, batch: Batch, place: int) -> Any:
+        mx, executor, context = load_mxnet(), self.executors[place], contexts(self.config)[place]
+        labels = [name for name, *_ in executor.label_shapes]
+        data, *given = [mx.nd.array(batch[name].float().numpy(), ctx=context) for name in ["data", *labels]]
+        return mx.io.DataBatch([data], given)
+
+    def _mean_gradient(self) -> float:
+        """Gradients become their sums over all devices; the norm of their mean."""
+        gradients = [gradients_of(executor) for executor in self.executors]
+        self.kvstore.add_up(gradients)
+        total = sum(np.square(gradient.asnumpy(), dtype=np.float64).sum() for gradient in gradients[0].values())
+        return float(np.sqrt(total) * self.executors[0]._optimizer.rescale_grad)
+
+
+class _MovingStatistics:
+    """BatchNorm's moving means and variances on this machine's devices: each batch moves those of the step's begin, and
+    the step ends with the mean of what came of it."""
+
+    def __init__(self, executors: Sequence[Any], keep: bool) -> None:
+        self._executors = executors
+        self._begun = [{name: value.copy() for name, value in now.items()} for now in self._now()] if keep else []
+        self._sum: list[dict[str, Any]] = []
+        self._num = 0
+
+    def _now(self) -> list[dict[str, Any]]:
+        return [statistics_of(executor) for executor in self._executors]
+
+    def _set(self, values: Sequence[Mapping[str, Any]]) -> None:
+        for now, wanted in zip(self._now(), values, strict=True):
+            for name, value in wanted.items():
+                now[name][:] = value
+        load_mxnet().nd.waitall()
+
+    def begin_again(self) -> None:
+        self._set(self._begun)
+
+    def add(self) -> None:
+        """A batch of every device has moved them."""
+        now, self._num = self._now(), self._num + 1
+        sums = self._sum or [dict.fromkeys(each, 0) for each in now]
+        self._sum = [
+            {name: value + sum[name] for name, value in each.items()} for each, sum in zip(now, sums, strict=True)
+        ]
+
+    def finish(self, kvstore: Kvstore) -> None:
+        """The means over the batches, and over the devices of all machines."""
+        if self._sum:
+            self._set([{name: value / self._num for name, value in each.items()} for each in self._sum])
+        if kvstore.size > 1:
+            self._set([{name: value / kvstore.size for name, value in now.items()} for now in self._now()])
+            kvstore.add_up(self._now())
+            load_mxnet().nd.waitall()
+
+
+def _fit(executor: Any, batch: Any) -> None:
+    """Bind a module anew where a batch has another shape than the last one."""
+    described = ((executor.data_shapes, batch.data), (executor.label_shapes, batch.label))
+    wanted = [
+        [load_mxnet().io.DataDesc(one.name, array.shape, one.dtype) for one, array in zip(shapes, arrays, strict=True)]
+        for shapes, arrays in described
+    ]
+    if [one.shape for one in wanted[0]] != [one.shape for one in executor.data_shapes]:
+        executor.reshape(*wanted)
+
+
+def _clear(gradients: Mapping[str, Any]) -> None:
+    for gradient in gradients.values():
+        gradient[:] = 0
+
+
+def _without_labels(batch: Batch) -> Batch:
+    """The images of a batch, with labels from which neither loss nor gradient comes."""
+    ignored = torch.full_like(batch["rpn_cls_label"], -1)
+    return batch | {"rpn_cls_label": ignored, "rpn_reg_weight": torch.zeros_like(batch["rpn_reg_weight"])}
+
+
+def build_trainer(
+    config: Config, iter_per_epoch: int, start: Checkpoint | None, world: World = ALONE
+) -> tuple[MxnetTrainer, list[str]]:
+    """The network with its first weights, and lines for the log. `world` has a process for every machine.
+
+    Raises ValueError for what this engine does not do.
+    """
+    kvstore, graph = config.KvstoreParam, in_precision(config.ModelParam.train_symbol, "float32")
+    if kvstore.machines > 1 and config.NormalizeParam.type == "syncbn":
         raise ValueError(
-            "the engine mxnet runs on one device, a batch a step: give one of --gpus, and leave KvstoreParam.processes "
-            "and OptimizeParam.accumulate at 1, or use the engine torch"
+            "NormalizeParam.type=syncbn: MXNet's synced BatchNorm is for the devices of one machine; train on one, "
+            "take localbn, or use the engine torch"
         )
+    _let_devices_wait(config, graph)
     # the first weights, the momentum of a checkpoint and what is trained: as torch has it
     host = torch.device("cpu")
     first, notes = torch_engine.build_trainer(config, host, iter_per_epoch, start)
-    graph = in_precision(config.ModelParam.train_symbol, "float32")
     trained = {name for name, parameter in first.module.named_parameters() if parameter.requires_grad}
     state = {name: value.numpy() for name, value in first.module.state_dict().items()}
-    executor = bind_module(
-        graph,
-        input_shapes(config, graph),
-        state,
-        contexts=contexts(config),
-        fixed=sorted(name for name, _ in first.module.named_parameters() if name not in trained),
-        watched=[name for metric in config.metric_list for name in metric.output_names],
+    accumulate, executors = config.OptimizeParam.accumulate, []
+    for context in contexts(config):
+        executor = bind_module(
+            graph,
+            input_shapes(config, graph),
+            state,
+            context=context,
+            fixed=sorted(name for name, _ in first.module.named_parameters() if name not in trained),
+            watched=[name for metric in config.metric_list for name in metric.output_names],
+            grad_req="add" if accumulate > 1 else "write",
+        )
+        executor.init_optimizer(
+            kvstore=None,
+            optimizer="sgd",
+            optimizer_params={
+                "learning_rate": first.schedule.lr,
+                "momentum": config.OptimizeParam.optimizer.momentum,
+                "wd": config.OptimizeParam.optimizer.wd,
+                "clip_gradient": config.OptimizeParam.optimizer.clip_gradient,
+                "rescale_grad": 1 / (kvstore.num_device * accumulate),
+                "multi_precision": True,
+                "lr_scheduler": RateOfStep(first.schedule),
+            },
+        )
+        if start is not None:
+            _resume(executor, first.optimizer.state_dict())
+        executors.append(executor)
+    sums = Kvstore(kvstore.kvstore, len(executors), world)
+    weights = Weights(executors[0], list(state))
+    return (
+        MxnetTrainer(config, graph, executors, sums, weights, first.schedule, first.metrics, host, world),
+        notes,
     )
-    executor.init_optimizer(
-        kvstore=config.KvstoreParam.kvstore,
-        optimizer="sgd",
-        optimizer_params={
-            "learning_rate": first.schedule.lr,
-            "momentum": config.OptimizeParam.optimizer.momentum,
-            "wd": config.OptimizeParam.optimizer.wd,
-            "clip_gradient": config.OptimizeParam.optimizer.clip_gradient,
-            "rescale_grad": 1.0,
-            "multi_precision": True,
-            "lr_scheduler": RateOfStep(first.schedule),
-        },
-    )
-    if start is not None:
-        _resume(executor, first.optimizer.state_dict())
-    weights = Weights(executor, list(state))
-    return MxnetTrainer(config, graph, executor, weights, first.schedule, first.metrics, host), notes
+
+
+def _let_devices_wait(config: Config, graph: Symbol) -> None:
+    """Room for synced BatchNorms of CPU devices, which wait for each other in MXNet's workers, and share these.
+
+    A graph with branches has several that wait at once: with a worker for each there is always another to go on. In one
+    of the bundles that MXNet makes of operators it would keep the others of its bundle from it.
+
+    Raises ValueError where MXNet has started with fewer workers.
+    """
+    kvstore, name = config.KvstoreParam, "MXNET_CPU_WORKER_NTHREADS"
+    if kvstore.gpus or kvstore.num_device == 1 or config.NormalizeParam.type != "syncbn":
+        return
+    wanted = kvstore.num_device * sum(node.op == "_contrib_SyncBatchNorm" for node in graph.nodes())
+    os.environ["MXNET_EXEC_BULK_EXEC_TRAIN"] = "0"
+    if "mxnet" not in sys.modules:
+        os.environ.setdefault(name, str(wanted))
+    if int(os.environ.get(name, "1")) < wanted:
+        raise ValueError(
+            f"{name}: expected {wanted} or more, set before MXNet is imported, or synced BatchNorms block each other; "
+            f"got {os.environ.get(name, 'none')}"
+        )
 
 
 def input_shapes(config: Config, graph: Symbol) -> dict[str, tuple[int, ...]]:
@@ -153,9 +314,9 @@ def _resume(executor: Any, momentum: Mapping[str, Tensor]) -> None:
 
 
 def contexts(config: Config) -> list[Any]:
-    """MXNet's devices: KvstoreParam.gpus, or the CPU where it is empty."""
-    mx = load_mxnet()
-    return [mx.gpu(i) for i in config.KvstoreParam.gpus] or [mx.cpu()]
+    """MXNet's devices on this machine: KvstoreParam.gpus, or as many of the CPU as KvstoreParam.processes says."""
+    mx, kvstore = load_mxnet(), config.KvstoreParam
+    return [mx.gpu(i) for i in kvstore.gpus] or [mx.cpu(i) for i in range(kvstore.processes)]
 
 
 class MxnetModule(nn.Module):

@@ -52,17 +52,19 @@ def bind_module(
     shapes: Mapping[str, tuple[int, ...]],
     state: Mapping[str, np.ndarray],
     *,
-    contexts: Sequence[Any] | None = None,
+    context: Any = None,
     fixed: Sequence[str] = (),
     training: bool = True,
     dtypes: Mapping[str, str] = MappingProxyType({}),
     watched: Sequence[str] = (),
+    grad_req: str = "write",
 ) -> Any:
-    """A bound mx.mod.Module with the weights and statistics of `state`, by name.
+    """A mx.mod.Module, bound to one device (by default the CPU), with the weights and statistics of `state`, by name.
 
     shapes: of all of the graph's inputs; `data` first, the others in the graph's order become its labels.
     fixed: names of parameters that are not trained. dtypes: of inputs that are not float32. watched: names of internal
-    outputs that become outputs behind those of the graph; no gradient passes them.
+    outputs that become outputs behind those of the graph; no gradient passes them. grad_req: write, or add where the
+    gradients of several backward passes are to be added up.
     """
     mx = load_mxnet()
     labels = [name for name in graph.list_inputs() if name != "data"]
@@ -74,11 +76,11 @@ def bind_module(
         symbol,
         data_names=["data"],
         label_names=labels,
-        context=list(contexts or [mx.cpu()]),
+        context=[context or mx.cpu()],
         fixed_param_names=list(fixed),
     )
     described = [mx.io.DataDesc(name, shapes[name], dtypes.get(name, "float32")) for name in ["data", *labels]]
-    module.bind(described[:1], described[1:] or None, for_training=training)
+    module.bind(described[:1], described[1:] or None, for_training=training, grad_req=grad_req)
     auxiliary = set(graph.list_auxiliary_states())
     arrays = {name: mx.nd.array(value, dtype=value.dtype) for name, value in state.items()}
     module.init_params(
@@ -88,18 +90,24 @@ def bind_module(
     return module
 
 
-def executor_gradients(module: Any) -> dict[str, np.ndarray]:
-    """The gradients of the last backward pass on the module's first device, by parameter name."""
-    (first, *_) = module._exec_group.execs
-    return {name: grad.asnumpy() for name, grad in first.grad_dict.items() if grad is not None}
+def gradients_of(module: Any) -> dict[str, Any]:
+    """The gradients of the module's backward pass: mx.nd.NDArray by parameter name."""
+    (executor,) = module._exec_group.execs
+    return {name: executor.grad_dict[name] for name in module._param_names if executor.grad_dict[name] is not None}
+
+
+def statistics_of(module: Any) -> dict[str, Any]:
+    """BatchNorm's moving statistics, mx.nd.NDArray by name. BatchNorm's backward pass moves them, and MXNet does not
+    know that reading them has to wait for it: everything is waited for."""
+    load_mxnet().nd.waitall()
+    (executor,) = module._exec_group.execs
+    return dict(executor.aux_dict)
 
 
 def state_of(module: Any) -> dict[str, np.ndarray]:
-    """Weights and statistics by name. BatchNorm's backward pass moves the statistics, and MXNet does not know that
-    reading them has to wait for it: everything is waited for."""
-    load_mxnet().nd.waitall()
-    arguments, auxiliary = module.get_params()
-    return {name: value.asnumpy() for name, value in {**arguments, **auxiliary}.items()}
+    """Weights and statistics by name."""
+    statistics = statistics_of(module)
+    return {name: value.asnumpy() for name, value in {**module.get_params()[0], **statistics}.items()}
 
 
 def loss_values(graph: Symbol, module: Any, label: np.ndarray) -> list[float]:

@@ -1,4 +1,4 @@
-"""Out of memory in a training step: what the step needed, and the ways out."""
+"""Out of memory in a training step or a test: what was needed, and the ways out."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def explained_memory(config: Config, device: torch.device, at: str) -> Iterator[None]:
+def explained_memory(config: Config, device: torch.device, at: str, is_test: bool = False) -> Iterator[None]:
     """Turns torch's error of memory that is not there, on GPU or CPU, into a MemoryError that says what to do.
 
-    at: what was being done, such as "step 7".
+    at: what was being done, such as "step 7"; is_test: it was no training step, which needs other ways out.
     """
     try:
         yield
     except RuntimeError as error:
         if not _is_of_memory(error):
             raise
-        raise MemoryError(_explanation(config, device, at, str(error))) from error
+        advice = _for_test(config) if is_test else _for_training(config, device)
+        raise MemoryError(f"{_happened(device, at, str(error))}. {advice}") from error
 
 
 def _is_of_memory(error: RuntimeError) -> bool:
@@ -38,19 +39,33 @@ def _is_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or told is not None
 
 
-def _explanation(config: Config, device: torch.device, at: str, error: str) -> str:
-    batch, resize = config.General.batch_image, config.ResizeParam
+def _happened(device: torch.device, at: str, error: str) -> str:
     wanted = re.search(r"allocate ([\d.]+ \w+)", error)  # "20.00 MiB" of a GPU, "1234 bytes" of a CPU
     asked = f"it asked for {wanted[1]} more" if wanted else "it asked for more"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
+    return (
+        f"out of memory at {at} on {where}: {asked}, the most in use so far was {peak_memory(device) / 2**20:,.0f} MiB"
+    )
+
+
+def _for_training(config: Config, device: torch.device) -> str:
+    batch, resize = config.General.batch_image, config.ResizeParam
     computed = in_precision(config.ModelParam.train_symbol, precision(config.General, device)[0])
     count = step_memory(computed, config.ModelParam, batch, resize.short, resize.long).total_bytes
     return (
-        f"out of memory at {at} on {where}: {asked}, the most in use so far was "
-        f"{peak_memory(device) / 2**20:,.0f} MiB. A step of {batch} images of {resize.short} x {resize.long} needs at "
+        f"A step of {batch} images of {resize.short} x {resize.long} needs at "
         f"least {count / 2**20:,.0f} MiB (--dry-run lists it). Three ways out: smaller batches for the same "
         f"update ({_smaller_batch(config)}), recomputing instead of storing ({_memonger(config)}), a smaller input "
         f"({_smaller_input(config)})"
+    )
+
+
+def _for_test(config: Config) -> str:
+    batch, resize = config.TestParam.batch_image, config.ResizeParam
+    smaller = f"--set TestParam.batch_image={batch // 2}" if batch > 1 else "a batch is one image already"
+    return (
+        f"A batch was {batch} images of {resize.short} x {resize.long}. Two ways out: smaller batches, which find the "
+        f"same ({smaller}), a smaller input ({_smaller_input(config)})"
     )
 
 

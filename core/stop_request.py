@@ -10,13 +10,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which the first signal sets `requested`; the second one ends the program at once.
+    """A context in which the first signal sets `requested`; the second one ends the program at once. `status` is the
+    exit status of a program that a signal ended, as shells have it; where the wish was another process's, SIGTERM's.
 
     In a process that a launcher started they come from the launcher, perhaps twice: a wish however often.
     """
 
     def __init__(self, launched: bool = False) -> None:
         self.requested = False
+        self.status = 128 + signal.SIGTERM
         self.launched = launched
         self._before: dict[int, Any] = {}
 
@@ -29,6 +31,7 @@ class StopRequest:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        self.status = 128 + number
         if not self.launched:
             self._restore()
 

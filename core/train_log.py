@@ -38,6 +38,7 @@ class TrainLog:
         self._since = self._began = time.perf_counter()
         self._began_at = self._step = start_step
         self._waited = 0.0
+        self._waiting_first = True
 
     def __enter__(self) -> TrainLog:
         return self
@@ -48,8 +49,13 @@ class TrainLog:
         self._lines.close()
 
     def waited(self, seconds: float) -> None:
-        """The training loop waited for data."""
-        self._waited += seconds
+        """The training loop waited for data. The first time it also waited for what prepares them to start, and no
+        step was done before: speeds count from there."""
+        if self._waiting_first:
+            self._waiting_first = False
+            self.restart_clock()
+        else:
+            self._waited += seconds
 
     def restart_clock(self) -> None:
         """What went by since the last step was no training."""

@@ -53,6 +53,7 @@ class Trainer:
     scale: LossScale | None = None  # in float16
     computed_in: Precision = "float32"
     plan: Plan | None = None  # what is computed again
+    kvstore: None = None  # MXNet's
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
         """One update from OptimizeParam.accumulate batches: as many processes with one batch each would make the same.
@@ -60,8 +61,7 @@ class Trainer:
         What it computes stays on the device, and the losses are not waited for; with a loss scale one flag is. A step
         whose gradients are not finite under the scale leaves the weights and the statistics as they were.
         """
-        for transform in self.config.transform.batch:
-            _transform(transform, batches)
+        transform_batches(self.config, batches)
         lr = self.schedule.lr_at(step)
         self.optimizer.zero_grad()
         statistics = _MovingStatistics(self.module, keep=len(batches) > 1 or self.scale is not None)
@@ -151,12 +151,14 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
     return copies
 
 
-def _transform(transform: Any, batches: Sequence[Batch]) -> None:
-    if hasattr(transform, "apply_all"):
-        transform.apply_all(batches)
-        return
-    for batch in batches:
-        transform.apply(batch)
+def transform_batches(config: Config, batches: Sequence[Batch]) -> None:
+    """What config.transform does with whole batches, all those of a step in one call."""
+    for transform in config.transform.batch:
+        if hasattr(transform, "apply_all"):
+            transform.apply_all(batches)
+            continue
+        for batch in batches:
+            transform.apply(batch)
 
 
 def build_trainer(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_VARIABLE = "NECKLACE_TIMEOUT"
+RETRY = 75  # the exit status (EX_TEMPFAIL) of a process that lost the others, or waited for them in vain
 
 
 class LostProcessError(RuntimeError):
@@ -57,6 +58,12 @@ class World:
         first, last = _store().add("heard", 0), _store().add("told", 0)
         _store().add("heard", last - first)
         return [_store().get(f"told/{number}").decode() for number in range(first + 1, last + 1)]
+
+    def of_first(self, name: str, value: str) -> str:
+        """What the first process gives under a name that is used once."""
+        if self.size > 1 and self.is_first:
+            _store().set(f"first/{name}", value)
+        return _store().get(f"first/{name}").decode() if self.size > 1 else value
 
     def any(self, wish: bool) -> bool:
         """Does any process wish it? All wait here for all."""
@@ -116,15 +123,15 @@ def join(device: torch.device) -> Iterator[World]:
     if size is None or size == 1:
         yield ALONE
         return
-    timeout = _timeout()
+    limit = timeout()
     try:
-        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        dist.init_process_group(backend="nccl" if device.type == "cuda" else "gloo", timeout=limit)
         _control_group()
     except RuntimeError as error:
         if not _is_of_communication(error):
             raise
         raise LostProcessError(
-            f"{size} processes did not come together within {timeout.seconds} s ({TIMEOUT_VARIABLE}): {error}"
+            f"{size} processes did not come together within {limit.seconds} s ({TIMEOUT_VARIABLE}): {error}"
         ) from error
     world = World(dist.get_rank(), dist.get_world_size())
     try:
@@ -151,7 +158,7 @@ def _control_group() -> dist.ProcessGroup | None:
     if dist.get_backend() == "gloo":
         return None
     if "control" not in _groups:
-        _groups["control"] = dist.new_group(backend="gloo", timeout=_timeout())
+        _groups["control"] = dist.new_group(backend="gloo", timeout=timeout())
     return _groups["control"]
 
 
@@ -159,7 +166,8 @@ def _store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
-def _timeout() -> timedelta:
+def timeout() -> timedelta:
+    """How long a process waits for another. Raises ValueError for a NECKLACE_TIMEOUT that is no number of seconds."""
     text = os.environ.get(TIMEOUT_VARIABLE, "600")
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{TIMEOUT_VARIABLE}: expected seconds, got {text!r}")

@@ -13,14 +13,16 @@ import pytest
 from core.trainer import Trainer
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, trainer: type = Trainer) -> None:
-    """The process gets a real SIGINT in the middle of this step."""
+def stop_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, trainer: type = Trainer, number: signal.Signals = signal.SIGINT
+) -> None:
+    """The process gets a real signal, Ctrl-C's, in the middle of this step."""
     plain = trainer.step  # type: ignore[attr-defined]
 
-    def interrupted(self: Any, batches: list[Any], number: int) -> Any:
-        record = plain(self, batches, number)
-        if number == step:
-            os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(self: Any, batches: list[Any], at: int) -> Any:
+        record = plain(self, batches, at)
+        if at == step:
+            os.kill(os.getpid(), number)
         return record
 
     monkeypatch.setattr(trainer, "step", interrupted)

@@ -99,7 +99,7 @@ def test_train_interrupt_resume_and_test(tmp_path: Path) -> None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    assert process.returncode == 130, output
     assert "the same command with --resume goes on from there" in output
     assert "Traceback" not in output
     refused = run("detection_train.py", *arguments, cwd=tmp_path)

@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import symbol as S
 from config.load import load_config
-from core.mxnet_graph import RateOfStep, bind_module, executor_gradients, load_symbol, loss_values, state_of
+from core.mxnet_graph import RateOfStep, bind_module, gradients_of, load_symbol, loss_values, state_of
 from core.optimizer import SGD, multipliers
 from core.schedule import LrSchedule
 from operator_cxx.mxnet_ops import load_mxnet
@@ -210,7 +210,7 @@ def train_mxnet(graph: Symbol, state: Arrays, dtype: str, steps: int) -> Trainin
         module.backward()
         losses.append(loss_values(graph, module, given["rpn_cls_label"]))
         if step == 0:
-            gradients = executor_gradients(module)
+            gradients = {name: gradient.asnumpy() for name, gradient in gradients_of(module).items()}
         module.update()
     return Training(np.array(losses), gradients, state_of(module))
 

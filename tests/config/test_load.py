@@ -67,10 +67,24 @@ def test_a_missing_file_names_its_neighbours(config_folder: Path, tmp_path: Path
         load_config(wanted, is_train=True)
     with pytest.raises(FileNotFoundError, match=r"does not exist, nor does the folder"):
         load_config(tmp_path / "gone" / "a.py", is_train=True)
-    with pytest.raises(FileNotFoundError, match=r"a.py does not exist; nearest in .*: no .py file"):
+    with pytest.raises(FileNotFoundError, match=r"a.py does not exist; nearest in .*: no config file"):
         load_config(tmp_path / "a.py", is_train=True)
-    with pytest.raises(ValueError, match=r"expected a config file \(.py\), got a folder; it holds .*recipe.py"):
+    with pytest.raises(
+        ValueError, match=r"expected a config file \(.py\), got a folder; it holds retina_.*_25epoch.py"
+    ):
         load_config(config_folder / "NASFPN", is_train=True)
+
+
+def test_only_config_files_are_offered(config_folder: Path, tmp_path: Path) -> None:
+    for name in ("recipes.py", "retina.py"):
+        with pytest.raises(FileNotFoundError, match=r"nearest in .*: retina_") as error:
+            load_config(config_folder / "NASFPN" / name, is_train=True)
+        assert "recipe.py" not in str(error.value)
+    (tmp_path / "birds.py").write_text("import config\n\n\ndef get_config(is_train):\n    return 1\n")
+    (tmp_path / "brids_tools.py").write_text("from birds import get_config\n")
+    (tmp_path / "brids_folder.py").mkdir()
+    with pytest.raises(FileNotFoundError, match=r": birds\.py$"):
+        load_config(tmp_path / "brids.py", is_train=True)
 
 
 def test_an_edited_file_is_read_again(write_config: Callable[..., Path], no_data: str) -> None:

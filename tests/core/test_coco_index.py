@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def test_crowds_and_empty_areas_are_left_out(write_coco: WriteCoco, more: dict[s
     index = open_index(write_coco(ONE, [(0, 3, [4, 5, 6, 7], more)]))
     assert len(index.gt_bbox(0)) == kept
     assert index.has_box.tolist() == [bool(kept)]
+
+
+def test_what_is_left_out_is_counted_once(write_coco: WriteCoco) -> None:
+    boxes = [
+        *((0, 3, [4, 5, 6, 7], more) for more in ({}, {"iscrowd": 1}, {"iscrowd": 1, "area": 0}, {"area": 0})),
+        *((0, 3, bbox) for bbox in ([5, 5, 0, 4], [30, 5, 4, 4])),
+    ]
+    image_set = write_coco(ONE, boxes)
+    for _ in range(2):  # built, and read again
+        index = open_index(image_set)
+        assert (len(index.box), index.num_crowd, index.num_unfit) == (1, 2, 3)
 
 
 def test_area_and_iscrowd_may_be_absent(write_coco: WriteCoco) -> None:
@@ -152,8 +164,10 @@ def test_missing_images_are_counted_and_named(write_coco: WriteCoco) -> None:
     open_index(image_set)
     for i in range(1, 8):
         (Path(image_set.image_dir) / f"{i}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"7 of 9 images .*: 1\.png, 2\.png, .*5\.png, \.\.\.; .*--data-root"):
+    with pytest.raises(FileNotFoundError, match=r"7 of 9 images .*: 1\.png, 2\.png, .*5\.png, \.\.\.; .*ImageSet"):
         open_index(image_set)
+    with pytest.raises(FileNotFoundError, match=r"7 of 9 images .*holds them with --data-root"):
+        open_index(replace(image_set, by_name=True))
 
 
 def settle(folder: Path, seconds: int = 60) -> None:
@@ -262,10 +276,10 @@ def test_images_that_are_not_required_may_be_missing(write_coco: WriteCoco) -> N
 def test_missing_folder_and_json(write_coco: WriteCoco) -> None:
     image_set = write_coco(ONE)
     shutil.rmtree(image_set.image_dir)
-    with pytest.raises(FileNotFoundError, match=r"image folder .*--data-root"):
+    with pytest.raises(FileNotFoundError, match=r"image folder .*correct the path in the config's ImageSet"):
         open_index(image_set)
     Path(image_set.annotation).unlink()
-    with pytest.raises(FileNotFoundError, match=r"annotation file .*--data-root"):
+    with pytest.raises(FileNotFoundError, match=r"annotation file .*correct the path in the config's ImageSet"):
         open_index(image_set)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert {line["step"] for line in records(tmp_path / "parts")} >= {2, 15}
     assert not list((tmp_path / "parts").glob("checkpoint-step*"))  # replaced by later ones
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_exit_status_tells_a_stopped_run_from_a_finished_one(
+    load: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    config = load("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
+    for step, resume, status in ((1, False, 128 + number), (4, True, 0), (0, True, 0)):  # 4: asked in the last step
+        with monkeypatch.context() as patch:
+            stop_at(patch, step, number=number)
+            assert fit(config, format_config(config), resume=resume) == status
 
 
 def test_a_seed_repeats_and_another_differs(run: Run, tmp_path: Path) -> None:
@@ -213,6 +225,25 @@ def test_missing_images_are_skipped_where_the_config_says_so(run: Run, data_root
     assert (tmp_path / "run" / "checkpoint-0001.safetensors").exists()
 
 
+def test_boxes_and_images_that_are_left_out_are_counted(run: Run, data_root: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(data_root, changed)
+    path = changed / "demo" / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    boxes = content["annotations"]
+    of_one = [box for box in boxes if box["image_id"] == boxes[0]["image_id"]]
+    of_others = [box for box in boxes if box not in of_one]
+    for box in of_one:
+        box["area"] = 0
+    of_others[0]["iscrowd"] = 1
+    path.write_text(json.dumps(content))
+    run(f"DatasetParam.data_root={changed}", "OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
+    assert (
+        f"8 images (left out: 1 images without a box to train on, {len(of_one)} boxes without area or outside of their "
+        "image, 1 crowd boxes), 16 samples an epoch"
+    ) in (tmp_path / "run" / "log.txt").read_text()
+
+
 def test_a_truncated_image_is_named(run: Run, data_root: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(data_root, broken)
@@ -228,6 +259,18 @@ def test_evaluation_between_epochs(run: Run, tmp_path: Path) -> None:
     assert [(event["step"], event["epoch"]) for event in events] == [(10, 2)]
     assert 0 <= events[0]["AP"] <= 1
     assert (tmp_path / "run" / "demo_val_result.json").exists()
+
+
+def test_an_evaluation_that_does_not_fit_keeps_the_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(detection_module, "test_image_set", full)
+    with pytest.raises(MemoryError, match=r"the evaluation after epoch 1 .*--set TestParam\.batch_image="):
+        run("TestParam.eval_epoch=1", "TestParam.eval_image_set=demo_val")
+    assert (tmp_path / "run" / "checkpoint-0001.safetensors").exists()
 
 
 def test_evaluation_without_its_data_stops_before_training(run: Run, tmp_path: Path) -> None:

@@ -79,6 +79,20 @@ def test_memory_that_is_not_there_is_explained(load: Run) -> None:
         assert part in message, message
 
 
+@pytest.mark.parametrize("batch, smaller", [(5, "--set TestParam.batch_image=2"), (1, "a batch is one image already")])
+def test_a_test_that_does_not_fit_needs_other_ways_out(load: Run, batch: int, smaller: str) -> None:
+    config = load(f"TestParam.batch_image={batch}", "ResizeParam.short=256", "ResizeParam.long=256")
+    with (
+        pytest.raises(MemoryError) as error,
+        explained_memory(config, torch.device("cpu"), "the evaluation after epoch 3", is_test=True),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    message = str(error.value)
+    for part in ("the evaluation after epoch 3", f"{batch} images of 256 x 256", smaller, "ResizeParam.short=128"):
+        assert part in message, message
+    assert not any(part in message for part in ("accumulate", "memonger", "General.batch_image")), message
+
+
 def test_other_errors_stay_what_they_are(load: Run) -> None:
     config: Any = load()
     with pytest.raises(RuntimeError, match="shapes") as error, explained_memory(config, torch.device("cpu"), "step 0"):

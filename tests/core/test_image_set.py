@@ -92,7 +92,7 @@ def test_what_is_no_json_object_names_the_file(tmp_path: Path, text: str) -> Non
 
 
 def test_a_missing_data_root_names_what_is_missing_and_the_option(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="--data-root") as caught:
+    with pytest.raises(FileNotFoundError, match="name the folder that holds them with --data-root") as caught:
         class_names(resolve("coco_train2017", str(tmp_path / "data")))
     assert f"the folder {tmp_path / 'data'} does not exist" in str(caught.value)
     assert "instances_train2017.json" in str(caught.value)

@@ -239,8 +239,49 @@ def test_a_chosen_epoch_and_a_chosen_file(data_root: Path, tmp_path: Path, capsy
     for checkpoint, epoch, expected in ((None, 1, first), (None, None, second), (first, None, first)):
         run_test(config, checkpoint, epoch, num_draw=0)
         assert f"testing {expected} " in capsys.readouterr().out
+    assert run_test(config, None, 2, num_draw=0)[0].result.parent == tmp_path / "run"  # it is the newest
     with pytest.raises(FileNotFoundError, match=r"checkpoint-0007.*holds checkpoint-0001"):
         run_test(config, None, 7, num_draw=0)
+
+
+def test_a_test_of_other_weights_leaves_the_newest_ones_result_alone(data_root: Path, tmp_path: Path) -> None:
+    config = load(data_root, tmp_path)
+    folder = tmp_path / "run"
+    first, _ = save_untrained(config, epoch=1), save_untrained(config, epoch=2)
+    (newest,) = run_test(config, None, None, num_draw=1)
+    assert newest.result.parent == folder
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*_val*")}
+    elsewhere = tmp_path / "other" / first.name
+    elsewhere.parent.mkdir()
+    shutil.copy(first, elsewhere)
+    (old,), (given,), (other,) = (
+        run_test(config, checkpoint, epoch, num_draw=1)
+        for checkpoint, epoch in ((None, 1), (first, None), (elsewhere, None))
+    )
+    assert old.result == given.result == folder / "tested-checkpoint-0001" / "demo_val_result.json"
+    assert other.result == folder / "tested-other-checkpoint-0001" / "demo_val_result.json"
+    assert len(list((folder / "tested-other-checkpoint-0001" / "draw_demo_val").iterdir())) == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_other_weights_are_tested_beside_a_damaged_checkpoint_or_none(data_root: Path, tmp_path: Path) -> None:
+    config = load(data_root, tmp_path)
+    weights = save_untrained(config).rename(tmp_path / "mine.safetensors")
+    for _ in range(2):
+        (tested,) = run_test(config, weights, None, num_draw=0)
+        assert tested.result.parent == tmp_path / "run" / f"tested-{tmp_path.name}-mine"
+        (tmp_path / "run" / "checkpoint-0007.safetensors").write_bytes(b"damaged")
+
+
+def test_a_batch_that_does_not_fit_is_told(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    config = load(data_root, tmp_path, "TestParam.batch_image=4")
+    save_untrained(config)
+    monkeypatch.setattr("core.inference._suppress", full)
+    with pytest.raises(MemoryError, match=r"out of memory at the test .*--set TestParam\.batch_image=2"):
+        run_test(config, None, None, num_draw=0)
 
 
 def test_weights_of_another_network_are_refused(data_root: Path, tmp_path: Path) -> None:

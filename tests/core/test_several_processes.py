@@ -102,7 +102,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(
     folder = start.root / f"stopped{number}" / "run"  # type: ignore[attr-defined]
     wait_for_step(folder, 6)
     process.send_signal(number)
-    process.communicate(timeout=TIMEOUT)
+    finish(process, status=128 + number)
     assert list(folder.glob("checkpoint-step*.safetensors")), "it stopped in the middle of an epoch"
     finish(start(f"stopped{number}", resume=True))
     assert last(folder) == last(whole)

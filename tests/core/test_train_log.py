@@ -26,7 +26,9 @@ def test_a_record_has_the_epoch_the_speed_and_the_time_left(tmp_path: Path, monk
     now = [100.0]
     monkeypatch.setattr("core.train_log.time.perf_counter", lambda: now[0])
     with TrainLog(tmp_path, start_step=0, end_step=40, iter_per_epoch=20) as log:
-        now[0] = 104.0
+        now[0] = 130.0
+        log.waited(30.0)  # workers start: no part of what follows
+        now[0] = 134.0
         log.waited(1.0)
         log.steps(10, num_image=80, values=VALUES)
     (record,) = lines(tmp_path)

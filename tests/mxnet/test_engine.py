@@ -17,7 +17,7 @@ from config.load import format_config, load_config
 from config.schema import Config
 from core import detection_module, inference
 from core.checkpoint import load_weights
-from core.mxnet_engine import MxnetModule, MxnetTrainer, build_trainer
+from core.mxnet_engine import MxnetModule, MxnetTrainer
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.small_run import records, stop_at
 from utils.make_demo_dataset import make_demo_dataset
@@ -113,7 +113,7 @@ def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monke
 
     def watched(self: MxnetTrainer, batches: list[Any], step: int) -> Any:
         record = plain(self, batches, step)
-        used.append((record.lr, self.executor._optimizer.learning_rate))
+        used.append((record.lr, self.executors[0]._optimizer.learning_rate))
         return record
 
     monkeypatch.setattr(MxnetTrainer, "step", watched)
@@ -121,8 +121,3 @@ def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monke
     detection_module.fit(config, format_config(config), resume=True, engine="mxnet")
     assert len(used) == 9
     assert all(ours == pytest.approx(theirs) for ours, theirs in used)
-
-
-def test_several_devices_are_refused(load: Load) -> None:
-    with pytest.raises(ValueError, match="the engine mxnet runs on one device"):
-        build_trainer(load("two", "KvstoreParam.gpus=cpu", "KvstoreParam.processes=2"), 5, None)

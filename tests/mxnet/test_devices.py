@@ -1,0 +1,223 @@
+"""Training by MXNet on several devices and machines: CPUs of this one stand in for both."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: make mxnet-test runs these")
+
+from config.load import load_config
+from core import trainer as torch_engine
+from core.checkpoint import load_weights
+from core.loader import make_train_loader
+from core.mxnet_engine import build_trainer
+from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_run import records
+from utils.make_demo_dataset import make_demo_dataset
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    *SMALL_NETWORK,
+    "General.log_frequency=1",
+    "TestParam.eval_epoch=0",
+    "OptimizeParam.optimizer.lr=0.004",
+    "OptimizeParam.schedule.end_epoch=1",
+    "OptimizeParam.schedule.lr_epoch=()",
+    "OptimizeParam.warmup.epoch=0.5",
+]
+Trained = tuple[list[list[float]], dict[str, Tensor], dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 images twice: of 4 a step the fifth has 2."""
+    root = tmp_path_factory.mktemp("data")
+    make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
+    return root
+
+
+def train(data_root: Path, steps: int, *overrides: str, engine: str = "mxnet") -> Trained:
+    """Losses and gradient norms of the last steps of an epoch, weights and statistics, and momentum."""
+    places = [f"DatasetParam.data_root={data_root}"]
+    config = load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
+    loader = make_train_loader(config, num_device=config.KvstoreParam.num_device)
+    trainer: Any
+    if engine == "mxnet":
+        trainer, _ = build_trainer(config, loader.iter_per_epoch, None)
+    else:
+        trainer, _ = torch_engine.build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None)
+    batches, first = list(iter_steps(loader)), loader.iter_per_epoch - steps
+    values = [trainer.step(batches[step], step).values.tolist() for step in range(first, first + steps)]
+    return values, trainer.module.state_dict(), trainer.state()
+
+
+def iter_steps(loader: Any) -> Any:
+    loader.end_step = loader.iter_per_epoch
+    batches = iter(loader)
+    for _ in range(loader.iter_per_epoch):
+        yield [next(batches) for _ in range(loader.accumulate)]
+
+
+def close(ours: Trained, theirs: Trained, rtol: float) -> None:
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=rtol)
+    for mine, other in zip(ours[1:], theirs[1:], strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in other.items():
+            error = (mine[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)
+            assert error <= rtol, (name, float(error))
+
+
+TWO = ("General.batch_image=2", "KvstoreParam.processes=2")
+
+
+@pytest.mark.parametrize("kvstore", ["local", "device"])
+@pytest.mark.parametrize("sync_loss", [False, True])
+def test_devices_train_as_one_that_adds_up_their_batches(data_root: Path, kvstore: str, sync_loss: bool) -> None:
+    """The same sums in the same order, to float32's last digits; the losses of every batch by its own boxes."""
+    common = (f"RpnParam.sync_loss={sync_loss}",)
+    several = train(data_root, 3, *TWO, *common, f"KvstoreParam.kvstore={kvstore}")
+    adding = train(data_root, 3, *common, "General.batch_image=2", "OptimizeParam.accumulate=2")
+    close(several, adding, rtol=1e-5)
+    both = train(
+        data_root, 3, *common, "KvstoreParam.processes=2", "General.batch_image=1", "OptimizeParam.accumulate=2"
+    )
+    four = train(data_root, 3, *common, "KvstoreParam.processes=4", "General.batch_image=1")
+    close(both, four, rtol=1e-5)
+
+
+def test_a_step_is_that_of_torch(data_root: Path) -> None:
+    """Also where two devices of four have no image, as in the epoch's last step."""
+    four = ("General.batch_image=1", "RpnParam.sync_loss=True")
+    ours = train(data_root, 1, *four, "KvstoreParam.processes=4")
+    theirs = train(data_root, 1, *four, "OptimizeParam.accumulate=4", engine="torch")
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
+    for name, value in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    assert sum("moving_var" in name for name in theirs[1]) > 20
+
+
+def command(data_root: Path, folder: Path, name: str, *overrides: str) -> list[str]:
+    """A training by MXNet, as a user starts it, without the interpreter."""
+    places = [f"General.output_root={folder}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
+    values = [*SMALL, *places, *overrides]
+    arguments = ["--engine", "mxnet", "--gpus", "cpu", *[one for value in values for one in ("--set", value)]]
+    return [str(ROOT / "detection_train.py"), "--config", str(DEMO), *arguments]
+
+
+TORCHRUN = [
+    *("-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2"),
+    *("--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"),
+]
+MACHINES = ("KvstoreParam.machines=2", "KvstoreParam.kvstore=dist_sync")
+
+
+def start(arguments: list[str], folder: Path, **variables: str) -> subprocess.Popen[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MXNET_")}
+    environment |= {"NECKLACE_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=environment | variables,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(arguments: list[str], folder: Path) -> str:
+    process = start(arguments, folder)
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, output
+    return output
+
+
+def test_machines_train_as_devices_of_one(data_root: Path, tmp_path: Path) -> None:
+    """kvstore dist_sync: a scheduler and two servers, which end with the run."""
+    run(command(data_root, tmp_path, "devices", *TWO), tmp_path)
+    run([*TORCHRUN, *command(data_root, tmp_path, "machines", *MACHINES, "General.batch_image=2")], tmp_path)
+    log = (tmp_path / "machines" / "log.txt").read_text()
+    assert "on cpu(0) on each of 2 machines, in float32, gradients added up by kvstore dist_sync" in log
+    ours, theirs = ([line for line in records(tmp_path / name) if "lr" in line] for name in ("machines", "devices"))
+    assert len(ours) == len(theirs) == 5
+    assert [line["cls_loss"] for line in ours] == pytest.approx([line["cls_loss"] for line in theirs], rel=1e-5)
+    ended = [load_weights(tmp_path / name / "checkpoint-0001.safetensors")[0] for name in ("machines", "devices")]
+    for name, value in ended[1].items():
+        torch.testing.assert_close(ended[0][name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert not servers()
+
+
+def servers() -> list[int]:
+    """The processes that are schedulers or servers of a kvstore."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = process.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if b"core.mxnet_server" in words:
+            found.append(int(process.parent.name))
+    return found
+
+
+def until(condition: Callable[[], Any], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_a_machine_that_is_lost_ends_the_others(data_root: Path, tmp_path: Path) -> None:
+    """At once, or where they wait for its gradients after NECKLACE_TIMEOUT. And no server stays behind."""
+    values = (*MACHINES, "General.batch_image=1", "OptimizeParam.schedule.end_epoch=50")
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    variables["NECKLACE_TIMEOUT"] = "10"
+    line = command(data_root, tmp_path, "lost", *values)
+    processes = [start(line, tmp_path, **variables, RANK=str(rank)) for rank in range(2)]
+    try:
+        log = tmp_path / "lost" / "log.jsonl"
+        until(lambda: log.is_file() and len(log.read_text().splitlines()) > 3, 60)
+        processes[1].send_signal(signal.SIGKILL)
+        output, _ = processes[0].communicate(timeout=30)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 75
+    assert "rank 1 was last" in output or "another machine was lost" in output
+    until(lambda: not servers(), 5)
+
+
+def test_synced_statistics_are_those_of_all_devices(data_root: Path, tmp_path: Path) -> None:
+    """Two devices with half of the images are one with all of them, where the losses are synced too."""
+    synced = ("NormalizeParam.type=syncbn", "RpnParam.sync_loss=True")
+    run(command(data_root, tmp_path, "two", *TWO, *synced), tmp_path)
+    run(command(data_root, tmp_path, "one", *synced, "General.batch_image=4"), tmp_path)
+    run(command(data_root, tmp_path, "own", *TWO, "RpnParam.sync_loss=True"), tmp_path)
+    two, one, own = (records(tmp_path / name)[0] for name in ("two", "one", "own"))
+    assert two["reg_loss"] == pytest.approx(one["reg_loss"], rel=1e-4)
+    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    assert own["grad_norm"] != pytest.approx(one["grad_norm"], rel=1e-2)
+    assert len(records(tmp_path / "two")) == len(records(tmp_path / "one")) == 5
