@@ -37,6 +37,7 @@ _AT_LEAST_ZERO = (
     "General.keep_checkpoints",
     "General.checkpoint_minutes",
     "NormalizeParam.wd_mult",
+    "NormalizeParam.lr_mult",
     "RpnParam.focal_loss.gamma",
     "OptimizeParam.optimizer.wd",
     "OptimizeParam.warmup.epoch",
@@ -44,6 +45,7 @@ _AT_LEAST_ZERO = (
     "AnchorTarget2DParam.assign.allowed_border",
 )
 _ABOVE_ZERO = (
+    "NormalizeParam.eps",
     "OptimizeParam.optimizer.lr_per_image",
     "OptimizeParam.optimizer.lr",
     "OptimizeParam.optimizer.clip_gradient",

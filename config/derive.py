@@ -43,7 +43,12 @@ def _derive_copies(config: Config) -> None:
 def _derive_normalizer(config: Config) -> None:
     normalize = config.NormalizeParam
     normalizer = normalizer_factory(
-        type=normalize.type, ndev=config.KvstoreParam.num_device, wd_mult=normalize.wd_mult, momentum=normalize.momentum
+        type=normalize.type,
+        ndev=config.KvstoreParam.num_device,
+        wd_mult=normalize.wd_mult,
+        momentum=normalize.momentum,
+        eps=normalize.eps,
+        lr_mult=normalize.lr_mult,
     )
     for section in (config.NormalizeParam, config.BackboneParam, config.NeckParam, config.RpnParam):
         fill(section, "normalizer", normalizer)
@@ -71,9 +76,8 @@ def _derive_classes(config: Config) -> None:
     if given is None and counted is None:
         wanted = resolve(config.DatasetParam.image_set[0], config.DatasetParam.data_root)
         raise FileNotFoundError(
-            f"the classes of {wanted.name} cannot be counted: {wanted.annotation} does not exist; name the "
-            f"folder that holds the data with --data-root (DatasetParam.data_root), or the number of "
-            f"classes + 1 with RpnParam.num_class"
+            f"the classes of {wanted.name} cannot be counted: {wanted.annotation} does not exist; {wanted.remedy}; or "
+            "give the number of classes + 1 with RpnParam.num_class"
         )
     if given is not None and counted is not None and given != counted + 1:
         raise ValueError(

@@ -54,12 +54,14 @@ class NormalizeParam(Section):
     type: Literal["localbn", "syncbn", "fixbn"] = "localbn"
     wd_mult: float = 0.0  # weight decay of gamma and beta, times OptimizeParam.optimizer.wd
     momentum: float = 0.9  # of the moving statistics; more where a level has few cells in a batch
-    normalizer: Callable[..., Symbol] = derived("NormalizeParam.type, wd_mult, momentum and KvstoreParam.num_device")
+    eps: float = 1e-5  # added to the variance
+    lr_mult: float = 1.0  # learning rate of gamma and beta, times that of the step; 0: they stay as loaded
+    normalizer: Callable[..., Symbol] = derived("the other fields of NormalizeParam and KvstoreParam.num_device")
 
 
 @dataclass(kw_only=True, slots=True)
 class BackboneParam(Section):
-    """ResNet v1b: the stride is on the 3x3 convolution."""
+    """The ResNet; ModelParam.backbone says whether v1b (stride on the 3x3 convolution) or v1 (on the first 1x1)."""
 
     depth: Literal[18, 34, 50, 101, 152] = 50
     num_filter: int = 64  # channels of the stem; every stage follows from it
@@ -133,7 +135,7 @@ class DatasetParam(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Pretrain(Section):
-    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b; .safetensors, .pth, -0000.params, .params
+    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b, v1: resnet-v1-<depth>; also without suffix
     fixed_param: tuple[str, ...] = ("conv0",)  # parameters whose names start so stay as loaded; none from scratch
 
 

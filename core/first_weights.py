@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from core.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
 from core.params_file import SUFFIX, read_params
-from core.pretrain import find_backbone, load_backbone
+from core.pretrain import find_backbone, load_backbone, variant_of
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -56,7 +56,9 @@ def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | 
         return [summary, *report.lines()]
     if model.from_scratch:
         return ["training from scratch: every weight is random"]
-    tensors, line = load_backbone(find_backbone(model.pretrain.prefix, config.BackboneParam.depth), shapes_of(module))
+    variant = variant_of(model.backbone)
+    path = find_backbone(model.pretrain.prefix, config.BackboneParam.depth, variant)
+    tensors, line = load_backbone(path, shapes_of(module), variant)
     _load_some(module, tensors)
     return [line]
 

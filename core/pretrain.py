@@ -1,146 +1,119 @@
-"""First weights of the backbone: ResNets trained on ImageNet, in torchvision's or GluonCV's layout or in ours.
+"""First weights of the backbone: ResNets trained on ImageNet, in the layouts of core.backbone_names or with our names,
+which SimpleDet's files have too.
 
-torchvision's (and timm's plain) ResNets have the stride on the 3x3 convolution, as v1b has. GluonCV's v1b comes in two
-layouts: its parameter files follow the layers (layer1.0.bn1.gamma), its exported ones count them by stage
-(resnetv1b_layers1_batchnorm0_gamma). SimpleDet's backbones have the names that we have.
+Weights of v1 and v1b have equal names and shapes, but each computes nonsense in the other's network. The foreign
+layouts tell which they are; files with our names have to be taken at their word.
 """
 
 from __future__ import annotations
 
-import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from core.backbone_names import depth_of, has_exported_bottlenecks, is_ignored, is_ours, norm_after, rename
 from core.checkpoint import check_fit, read_tensors
 from core.params_file import read_params
 
-DEFAULT_PREFIX = "pretrain_model/resnet{depth}_v1b"
 SUFFIXES = (".safetensors", ".pth", "-0000.params", ".params")
 _HARMLESS_CLAIM = 2**30  # bytes; ResNet-152 has a quarter of them
 
-_OURS = re.compile(r"(conv0|bn0|stage\d+_unit\d+)_")
-_UNIT = re.compile(r"layer(\d{1,3})\.(\d{1,3})\.(conv\d|bn\d|downsample\.0|downsample\.1)$")
-_EXPORTED = re.compile(r"resnetv1b\d{0,3}_(?:(layers|down)(\d{1,3})_)?(conv|batchnorm)(\d{1,3})_(\w+)$")
-_EXPORTED_BOTTLENECK = re.compile(r"resnetv1b\d{0,3}_down1_")  # only bottlenecks widen the first stage
-# the classifier, and a counter that MXNet does not have
-_IGNORED = re.compile(r"fc\.|resnetv1b\d{0,3}_dense0_|.*\.num_batches_tracked$")
-_NORM_FIELD = {
-    **{"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"},
-    **{"gamma": "gamma", "beta": "beta"},
-}
-_DEPTH_OF_UNITS: dict[tuple[bool, tuple[int, ...]], int] = {
-    (False, (2, 2, 2, 2)): 18,
-    (False, (3, 4, 6, 3)): 34,
-    (True, (3, 4, 6, 3)): 50,
-    (True, (3, 4, 23, 3)): 101,
-    (True, (3, 8, 36, 3)): 152,
+
+@dataclass(frozen=True)
+class _Variant:
+    """Of ResNets with bottlenecks; {depth} stands for the network's."""
+
+    prefix: str  # ModelParam.pretrain.prefix where it is not set
+    stride: str  # where it is
+    files: str  # that fit
+    get: str  # where to get one
+    backbone: str  # class of models.retinanet.builder
+
+
+_V1_FILES = "SimpleDet's resnet-v1-{depth}-0000.params, or MXNet's own Gluon resnet{depth}_v1, saved or exported"
+_VARIANTS = {
+    "v1": _Variant(
+        prefix="pretrain_model/resnet-v1-{depth}",
+        stride="first, 1x1 convolution",
+        files=_V1_FILES,
+        get=f"What fits is {_V1_FILES}",
+        backbone="MSRAResNetV1FPN",
+    ),
+    "v1b": _Variant(
+        prefix="pretrain_model/resnet{depth}_v1b",
+        stride="3x3 convolution",
+        files="torchvision's, timm's resnet{depth}.tv_in1k, or GluonCV's resnet{depth}_v1b, saved or exported",
+        get="Get one: python3 utils/get_backbone.py --depth {depth}",
+        backbone="MSRAResNetV1bFPN",
+    ),
 }
 
 
-def find_backbone(prefix: str | None, depth: int) -> Path:
-    """The file that ModelParam.pretrain.prefix means: a path, with or without its suffix; None: the usual
-    one.
+@dataclass(frozen=True)
+class Backbone:
+    """What a file holds of a backbone."""
+
+    tensors: dict[str, Tensor]  # under our names, float32
+    num_ignored: int  # other tensors of the file
+    variants: frozenset[str]  # v1 or v1b, by the layout of its bottlenecks; none where that does not tell
+
+
+def variant_of(backbone: type) -> str:
+    """Which ResNet a backbone's class builds; a class of the user's own that does not say is taken for v1b."""
+    variant: str = getattr(backbone, "variant", "v1b")
+    return variant
+
+
+def default_prefix(depth: int, variant: str) -> str:
+    """What ModelParam.pretrain.prefix is where it is not set."""
+    return _VARIANTS[variant].prefix.format(depth=depth)
+
+
+def find_backbone(prefix: str | None, depth: int, variant: str) -> Path:
+    """The file that ModelParam.pretrain.prefix means: a path, with or without its suffix; None: the usual one.
 
     Raises:
         FileNotFoundError: there is none; the message says how to get it, or how to do without.
     """
-    chosen = DEFAULT_PREFIX.format(depth=depth) if prefix is None else prefix
+    chosen = default_prefix(depth, variant) if prefix is None else prefix
     for path in (Path(chosen), *(Path(chosen + suffix) for suffix in SUFFIXES)):
         if path.is_file():
             return path
+    get = _VARIANTS[variant].get.format(depth=depth)
     raise FileNotFoundError(
-        f"no pretrained backbone {chosen}.safetensors, .pth or -0000.params. Get one: python3 utils/get_backbone.py "
-        f"--depth {depth}; or set ModelParam.pretrain.prefix to yours; or train from scratch: "
-        "--set ModelParam.from_scratch=True"
+        f"no pretrained backbone {chosen}.safetensors, .pth or -0000.params. {get}; or set "
+        "ModelParam.pretrain.prefix to yours; or train from scratch: --set ModelParam.from_scratch=True"
     )
 
 
-def backbone_names(names: Iterable[str]) -> list[str]:
-    """Those parameters and auxiliary states that belong to the backbone, under our names."""
-    return [name for name in names if _OURS.match(name)]
-
-
-def rename_layer(name: str) -> str | None:
-    """Our name of a tensor in torchvision's ResNet layout or that of GluonCV's parameter files, which differ in the
-    fields of a BatchNorm; None where the layouts have no such name.
-
-    >>> rename_layer("layer2.0.downsample.1.running_var")
-    'stage2_unit1_sc_bn_moving_var'
-    """
-    module, _, field = name.rpartition(".")
-    if module in ("conv1", "bn1"):
-        ours = module.replace("1", "0")
-    else:
-        match = _UNIT.match(module)
-        if match is None:
-            return None
-        part = {"downsample.0": "sc", "downsample.1": "sc_bn"}.get(match[3], match[3])
-        ours = f"stage{match[1]}_unit{int(match[2]) + 1}_{part}"
-    if "bn" in ours:
-        return f"{ours}_{_NORM_FIELD[field]}" if field in _NORM_FIELD else None
-    return f"{ours}_{field}" if field == "weight" else None
-
-
-def rename_exported(name: str, is_bottleneck: bool) -> str | None:
-    """Our name of a tensor in the layout that GluonCV's v1b networks are exported in; None where it has no such name.
-
-    It counts a stage's convolutions through its units, which have three of them (bottlenecks) or two.
-
-    >>> rename_exported("resnetv1b_layers2_batchnorm4_running_var", is_bottleneck=True)
-    'stage2_unit2_bn2_moving_var'
-    """
-    match = _EXPORTED.match(name)
-    if match is None:
-        return None
-    block, stage, kind, number, field = match.groups()
-    part = {"conv": "conv", "batchnorm": "bn"}[kind]
-    if block == "layers":
-        unit, place = divmod(int(number), 3 if is_bottleneck else 2)
-        ours = f"stage{stage}_unit{unit + 1}_{part}{place + 1}"
-    elif number != "0":
-        return None
-    elif block == "down":
-        ours = f"stage{stage}_unit1_" + {"conv": "sc", "bn": "sc_bn"}[part]
-    else:
-        ours = f"{part}0"
-    if part == "bn":
-        return f"{ours}_{_NORM_FIELD[field]}" if field in _NORM_FIELD else None
-    return f"{ours}_{field}" if field == "weight" else None
-
-
-def depth_of(names: Iterable[str]) -> int | None:
-    """Which ResNet the names (ours) belong to; None for no published one."""
-    names = set(names)
-    units = tuple(
-        sum(f"stage{stage}_unit{unit}_conv1_weight" in names for unit in range(1, 100)) for stage in range(1, 5)
-    )
-    return _DEPTH_OF_UNITS.get(("stage1_unit1_conv3_weight" in names, units))
-
-
-def load_backbone(path: str | Path, expected: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], str]:
+def load_backbone(
+    path: str | Path, expected: Mapping[str, tuple[int, ...]], variant: str
+) -> tuple[dict[str, Tensor], str]:
     """The backbone's tensors under our names, and a line for the log.
 
     Args:
         path: .safetensors, .pth or .params in one of the layouts, or with our names (a checkpoint serves too).
         expected: shape of every parameter and auxiliary state of the model; those outside the backbone are
             ignored.
+        variant: "v1" or "v1b", which the model's bottlenecks are.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged or in another layout, or the backbone is of another depth or width.
+        ValueError: the file is damaged or in another layout, or the backbone is of another variant, depth or width.
     """
-    tensors, ignored = read_backbone(path)
-    _require_backbone(path, tensors, expected)
-    line = f"backbone: {len(tensors)} tensors of ResNet-{depth_of(tensors)} from {path}"
-    return tensors, line + (f", {ignored} others ignored" if ignored else "")
+    found = read_backbone(path)
+    _require_variant(path, found, variant)
+    _require_backbone(path, found.tensors, expected)
+    line = f"backbone: {len(found.tensors)} tensors of ResNet-{depth_of(found.tensors)} from {path}"
+    return found.tensors, line + (f", {found.num_ignored} others ignored" if found.num_ignored else "")
 
 
-def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], int]:
-    """The backbone's tensors under our names as float32, and how many others the file holds.
+def read_backbone(path: str | Path) -> Backbone:
+    """What the file holds of a backbone.
 
     Raises:
         FileNotFoundError: no such file.
@@ -148,25 +121,43 @@ def read_backbone(path: str | Path) -> tuple[dict[str, Tensor], int]:
     """
     path = Path(path)
     stored = _read_stored(path)
-    is_ours = bool(backbone_names(stored))
-    is_bottleneck = any(_EXPORTED_BOTTLENECK.match(name) for name in stored)
+    has_our_names, is_bottleneck = any(map(is_ours, stored)), has_exported_bottlenecks(stored)
     tensors: dict[str, Tensor] = {}
-    unknown = []
+    variants, unknown, num_ignored = set(), [], 0
     for name, tensor in stored.items():
-        new_name = name if _OURS.match(name) else rename_layer(name) or rename_exported(name, is_bottleneck)
-        if new_name in tensors:
-            raise ValueError(f"{path} holds {new_name} under two names, one of them {name}: give another file")
-        if new_name is not None:
-            tensors[new_name] = tensor.float()
-        elif not (is_ours or _IGNORED.match(name)):
-            unknown.append(name)
+        renamed = rename(name, is_bottleneck)
+        if renamed is None:
+            num_ignored += 1
+            if not (has_our_names or is_ignored(name)):
+                unknown.append(name)
+            continue
+        ours, variant = renamed
+        if ours in tensors:
+            raise ValueError(f"{path} holds {ours} under two names, one of them {name}: give another file")
+        tensors[ours] = tensor.float()
+        if variant is not None and "_conv3_" in ours:  # basic blocks are the same in both
+            variants.add(variant)
     if unknown or not tensors:
         raise ValueError(
-            f"{path} is not a ResNet in torchvision's layout or GluonCV's (conv1.weight, layer1.0.conv1.weight, ...): "
-            f"it holds {', '.join((unknown or list(stored))[:4]):.200}. Plain ResNets fit (timm/resnet50.tv_in1k, "
-            "GluonCV's resnet50_v1b); ResNet-C, -D and -X and GluonCV's resnet50_v1 do not"
+            f"{path} is not a ResNet in torchvision's layout, GluonCV's or MXNet's (conv1.weight, "
+            f"layer1.0.conv1.weight, ...): it holds {', '.join((unknown or list(stored))[:4]):.200}. Plain ResNets fit "
+            "(timm/resnet50.tv_in1k, GluonCV's resnet50_v1b, MXNet's resnet50_v1); ResNet-C, -D, -X and -v2 do not"
         )
-    return tensors, len(stored) - len(tensors)
+    return Backbone(_fold_biases(tensors), num_ignored, frozenset(variants))
+
+
+def _fold_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the convolutions' biases: the BatchNorm that follows takes the mean away, so where the mean is that much
+    less the outputs are equal. Training on batch statistics loses nothing either: a bias cancels there, and its
+    gradient is zero."""
+    folded = dict(tensors)
+    for name, bias in tensors.items():
+        mean = f"{norm_after(name)}_moving_mean"
+        # one of another shape stays, and is refused with the others that do not fit
+        if name.endswith("_bias") and mean in tensors and tensors[mean].shape == bias.shape:
+            folded[mean] = tensors[mean] - bias
+            del folded[name]
+    return folded
 
 
 def _read_stored(path: Path) -> dict[str, Tensor]:
@@ -178,8 +169,19 @@ def _read_stored(path: Path) -> dict[str, Tensor]:
     return read_tensors(path)
 
 
+def _require_variant(path: str | Path, found: Backbone, variant: str) -> None:
+    for other in found.variants - {variant}:
+        held, asked = _VARIANTS[other], _VARIANTS[variant]
+        files = asked.files.format(depth=depth_of(found.tensors) or 50)
+        raise ValueError(
+            f"{path} holds a ResNet {other}, with a bottleneck's stride on its {held.stride}, but this model's "
+            f"backbone is a ResNet {variant}, with the stride on the {asked.stride}: give it {files}; or set "
+            f"ModelParam.backbone = {held.backbone}"
+        )
+
+
 def _require_backbone(path: str | Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    wanted = {name: expected[name] for name in backbone_names(expected)}
+    wanted = {name: shape for name, shape in expected.items() if is_ours(name)}
     report = check_fit(wanted, tensors)
     if report.fits:
         return

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from symbol.graph import Symbol, create, current_prefix, var
 from symbol.op_table import Shape
 
-BN_EPS = 1e-5
 Normalizer = Callable[..., Symbol]
 
 
@@ -86,24 +85,32 @@ def cast(data: Symbol, dtype: Literal["float16", "float32"], name: str) -> Symbo
 
 
 def normalizer_factory(
-    type: Literal["localbn", "syncbn", "fixbn"], ndev: int = 1, wd_mult: float | None = None, momentum: float = 0.9
+    type: Literal["localbn", "syncbn", "fixbn"],
+    ndev: int = 1,
+    wd_mult: float | None = None,
+    momentum: float = 0.9,
+    eps: float = 1e-5,
+    lr_mult: float = 1.0,
 ) -> Normalizer:
     """A function (data, name) -> batch-normalised data.
 
     localbn: each device's own statistics; syncbn: those of all `ndev` devices; fixbn: the moving statistics, also in
-    training. wd_mult reaches gamma and beta; momentum is that of the moving statistics.
+    training. wd_mult and lr_mult reach gamma and beta; momentum is that of the moving statistics; eps is added to the
+    variance.
     """
 
     def local_bn(data: Symbol, name: str) -> Symbol:
-        return create("BatchNorm", data, name=name, wd_mult=wd_mult, **common)
+        return create("BatchNorm", data, name=name, **common)
 
     def sync_bn(data: Symbol, name: str) -> Symbol:
-        return create("_contrib_SyncBatchNorm", data, name=name, ndev=ndev, key=name, wd_mult=wd_mult, **common)
+        return create("_contrib_SyncBatchNorm", data, name=name, ndev=ndev, key=name, **common)
 
     def fix_bn(data: Symbol, name: str) -> Symbol:
-        return create("BatchNorm", data, name=name, use_global_stats=True, wd_mult=wd_mult, **common)
+        return create("BatchNorm", data, name=name, use_global_stats=True, **common)
 
-    common: dict[str, Any] = {"eps": BN_EPS, "momentum": momentum, "fix_gamma": False}
+    common: dict[str, Any] = {"eps": eps, "momentum": momentum, "fix_gamma": False, "wd_mult": wd_mult}
+    if lr_mult != 1:  # which a variable without the attribute has
+        common["lr_mult"] = lr_mult
     normalizers = {"localbn": local_bn, "syncbn": sync_bn, "fixbn": fix_bn}
     if type not in normalizers:
         raise ValueError(f"normalizer type: expected one of {', '.join(normalizers)}, got {type!r}")

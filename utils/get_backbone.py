@@ -2,7 +2,7 @@
 
     python3 utils/get_backbone.py --depth 50
 
-The weights are timm's copies of torchvision's (BSD-3-Clause), on the Hugging Face hub.
+The weights are timm's copies of torchvision's (BSD-3-Clause), on the Hugging Face hub. They are ResNet v1b.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is used in place
 
 from core.atomic_file import atomic_file
-from core.pretrain import DEFAULT_PREFIX, depth_of, read_backbone
+from core.backbone_names import depth_of
+from core.pretrain import default_prefix, read_backbone
 
 FILE_NAME = "model.safetensors"
 
@@ -37,7 +38,7 @@ def get_backbone(depth: int, out: Path) -> None:
         downloaded = Path(hf_hub_download(repository, FILE_NAME))
     except OSError as error:
         raise OSError(f"cannot download {FILE_NAME} of {repository}: {error}. Try again, {by_hand}") from error
-    found = depth_of(read_backbone(downloaded)[0])
+    found = depth_of(read_backbone(downloaded).tensors)
     if found != depth:
         raise ValueError(f"{repository} holds ResNet-{found}, not ResNet-{depth}: give another file by hand")
     with atomic_file(out) as handle:
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, choices=(18, 34, 50, 101, 152), default=50)
     parser.add_argument("--out", type=Path, help="default: pretrain_model/resnet<depth>_v1b.safetensors")
     arguments = parser.parse_args()
-    out = arguments.out or Path(DEFAULT_PREFIX.format(depth=arguments.depth) + ".safetensors")
+    out = arguments.out or Path(default_prefix(arguments.depth, "v1b") + ".safetensors")
     try:
         get_backbone(arguments.depth, out)
     except (ModuleNotFoundError, OSError, ValueError) as error:

@@ -27,6 +27,7 @@ from config.simpledet.names import Graph, Normalizer, Part, declared_classes, un
 from config.simpledet.schedule import Iterations
 from config.simpledet.transforms import file_transform, read_transform
 from core.image_set import resolve
+from core.pretrain import default_prefix, variant_of
 from symbol import Symbol
 
 SECTIONS = (
@@ -35,8 +36,8 @@ SECTIONS = (
 )
 _OTHERS = ("BackboneParam", "NeckParam", "NormParam", "ResizeParam", "PadParam", "AnchorTarget2DParam", "RenameParam")
 _RETURNED = "General, KvstoreParam, ..., TestParam, transform, data_name, label_name, metric_list"
-_BACKBONE = re.compile(r"MSRAResNet(18|34|50|101|152)V1bFPN")
-_BACKBONES = ("ResNetV1bFPN", "MSRAResNetV1bFPN")
+_BACKBONE = re.compile(r"MSRAResNet(18|34|50|101|152)(V1b?)FPN")
+_BACKBONES = ("ResNetV1bFPN", "MSRAResNetV1bFPN", "MSRAResNetV1FPN")
 _NECKS = ("NASFPNNeck", "TopDownBottomUpFPNNeck", "RetinaNetNeckWithBN", "RetinaNetNeck")
 _HEADS = ("RetinaNetHeadWithBN", "RetinaNetHead")
 _NORMALIZERS = {"local": "localbn", "sync": "syncbn", "fix": "fixbn"}
@@ -171,23 +172,23 @@ class _Reader:
         assign(target, "type", type, "normalizer_factory(type)")
         assign(target, "wd_mult", normalizer.wd_mult, "normalizer_factory(wd_mult)")
         assign(target, "momentum", normalizer.mom, "normalizer_factory(mom)")
+        assign(target, "eps", normalizer.eps, "normalizer_factory(eps)")
+        assign(target, "lr_mult", normalizer.lr_mult, "normalizer_factory(lr_mult)")
         num_gpu = len(self._set("KvstoreParam.gpus"))
         if type == "syncbn" and normalizer.ndev != num_gpu:
             self.notes.append(
                 f"normalizer_factory(ndev={normalizer.ndev}), but KvstoreParam.gpus names {num_gpu}: batch statistics "
                 "are those of all processes"
             )
-        for name, value, here in (("eps", normalizer.eps, 1e-5), ("lr_mult", normalizer.lr_mult, 1.0)):
-            if not math.isclose(value, here, rel_tol=1e-3):
-                self.notes.append(f"normalizer_factory({name}={value}) is not read: it is {here} here")
 
     def _network(self) -> None:
         model, (backbone, neck, head) = self.config.ModelParam, self.graph.parts
         model.detector = retinanet.RetinaNet
-        depth = _BACKBONE.fullmatch(backbone.name)
-        if depth:
-            self.given["BackboneParam.depth"] = int(depth[1])
-        model.backbone = _class(backbone, _BACKBONES, "ResNetV1bFPN" if depth else backbone.name, "backbone")
+        name, match = backbone.name, _BACKBONE.fullmatch(backbone.name)
+        if match:
+            self.given["BackboneParam.depth"] = int(match[1])
+            name = {"V1b": "ResNetV1bFPN", "V1": "MSRAResNetV1FPN"}[match[2]]
+        model.backbone = _class(backbone, _BACKBONES, name, "backbone")
         model.neck = _class(neck, _NECKS, neck.name, "neck")
         model.head = _class(head, _HEADS, head.name, "head")
         if issubclass(model.neck, retinanet.RetinaNetNeck):
@@ -278,8 +279,9 @@ class _Reader:
     def _pretrain(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         prefix = "ModelParam.pretrain."
         self._replace(f"{prefix}epoch", f"the file is looked for by {prefix}prefix", quiet=0)
-        if self.given.get(f"{prefix}prefix") == f"pretrain_model/resnet{self._set('BackboneParam.depth')}_v1b":
-            self._take(f"{prefix}prefix")  # the default, which follows the depth
+        variant = variant_of(self.config.ModelParam.backbone)
+        if self.given.get(f"{prefix}prefix") == default_prefix(self._set("BackboneParam.depth"), variant):
+            self._take(f"{prefix}prefix")  # so that it follows the depth
         excluded = tuple(self._take(f"{prefix}excluded_param") or ())
         self.given[f"{prefix}fixed_param"] = self._take(f"{prefix}fixed_param") or ()
         return self._set(f"{prefix}fixed_param"), excluded

@@ -7,10 +7,10 @@ Boxes are xyxy with inclusive corners, in input pixels.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import symbol as S
-from models.backbone.resnet_v1b import resnet_v1b
+from models.backbone.resnet import Variant, resnet_v1, resnet_v1b
 from symbol import Group, Symbol, var
 from symbol.initializer import XAVIER, ZERO, constant, normal
 from symbol.layers import add_n, cast, concat, conv, relu, reshape, sigmoid, upsample_like
@@ -45,6 +45,8 @@ class RetinaNet:
 class MSRAResNetV1bFPN:
     """ResNet v1b with the four features that a pyramid starts from."""
 
+    variant: ClassVar[Variant] = "v1b"  # which pretrained weights fit: their names and shapes do not tell
+
     def __init__(self, pBackbone: BackboneParam) -> None:
         self.p = pBackbone
 
@@ -52,6 +54,16 @@ class MSRAResNetV1bFPN:
         """(C2, C3, C4, C5)."""
         p = self.p
         return resnet_v1b(p.depth, p.normalizer, p.fp16, p.num_filter)
+
+
+class MSRAResNetV1FPN(MSRAResNetV1bFPN):
+    """ResNet v1 of depth 50, 101 or 152, as the paper has it, with the same features."""
+
+    variant = "v1"
+
+    def get_rpn_feature(self) -> Features:
+        p = self.p
+        return resnet_v1(p.depth, p.normalizer, p.fp16, p.num_filter)
 
 
 class RetinaNetNeck:

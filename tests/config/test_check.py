@@ -31,6 +31,8 @@ def test_the_recipe_passes() -> None:
         (["ResizeParam.scale_min=0"], "ResizeParam.scale_min: expected more than 0, got 0.0"),
         (["General.batch_image=0"], "General.batch_image: expected at least 1, got 0"),
         (["General.loader_worker=-1"], "General.loader_worker: expected 0 or more, got -1"),
+        (["NormalizeParam.eps=0"], "NormalizeParam.eps: expected more than 0, got 0.0"),
+        (["NormalizeParam.lr_mult=-1"], "NormalizeParam.lr_mult: expected 0 or more, got -1.0"),
         (["TestParam.nms.thr=1.5"], "TestParam.nms.thr: expected 0 to 1, got 1.5"),
         (["TestParam.nms.sigma=0"], "TestParam.nms.sigma: expected more than 0, got 0.0"),
         (["TestParam.nms.min_score=-0.1"], "TestParam.nms.min_score: expected 0 to 1, got -0.1"),

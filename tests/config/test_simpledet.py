@@ -170,13 +170,6 @@ def test_iterations_from_the_end_and_beyond_it(load: Load) -> None:
     assert "OptimizeParam.warmup.iter 7638 is epoch 1.999, cut to 1" in long.notes
 
 
-def test_the_normalizer_is_read(load: Load) -> None:
-    normalize = load(*COCO, ("wd_mult=1.0", "mom=0.99")).NormalizeParam
-    assert (normalize.type, normalize.wd_mult, normalize.momentum) == ("localbn", 1.0, 0.99)  # wd_mult is mxnext's
-    fixed = load(*COCO, ('type="localbn"', '"fix"'), ("wd_mult=1.0", "wd_mult=0.5")).NormalizeParam
-    assert (fixed.type, fixed.wd_mult, fixed.momentum) == ("fixbn", 0.5, 0.9)
-
-
 def test_memonger(load: Load) -> None:
     assert load(*COCO).ModelParam.memonger_until is None  # it is off
     on = ("memonger = False", "memonger = True")
@@ -251,7 +244,6 @@ def test_a_file_of_800_x_1333_is_padded(load: Load) -> None:
         (("ReadRoiRecord(None),\n            Norm2DImage(NormParam),\n            Rand", "ReadRoiRecord(('gt',)), "
           "Norm2DImage(NormParam),\n            Rand"), "gt_select"),
         (("begin_epoch = 0", "begin_epoch = 6"), "begin_epoch = 6 is not read: --resume"),
-        (("wd_mult=1.0", "wd_mult=1.0, eps=1e-3"), r"normalizer_factory\(eps=0.001\) is not read: it is 1e-05"),
         (('"localbn", ndev=len(KvstoreParam.gpus)', '"syncbn", ndev=8'), "ndev=8.*names 1: .*all processes"),
         (("epoch = 0\n            fixed", "epoch = 7\n            fixed"), "pretrain.epoch = 7 is not read"),
         (('f"experiments/', 'f"runs/'), "TestParam.model.prefix 'runs/one@file/checkpoint' is not read"),
@@ -345,7 +337,7 @@ def test_contradictions_and_mistakes(load: Load, edit: Edit, message: str) -> No
         (("from models.NASFPN.builder import NASFPNNeck", "from models.FPG.builder import FPG"), "models.FPG"),
         (("import RetinaNet as", "import FasterRcnn as"), "train_symbol: expected RetinaNet"),
         (("models.retinanet.builder import RetinaNet as", "symbol.builder import FasterRcnn as"), "symbol.builder"),
-        (("import ResNetV1bFPN as", "import MSRAResNet50V1FPN as"), "the backbone models.*V1FPN"),
+        (("import ResNetV1bFPN as", "import MSRAResNet50V2FPN as"), "the backbone models.*V2FPN"),
         (("import RetinaNetHeadWithBN as", "import MaskHead as"), "the head models.NASFPN.builder.MaskHead"),
         (("import NASFPNNeck as", "import BiFPNNeck as"), "the neck models.NASFPN.builder.BiFPNNeck"),
         (("import normalizer_factory", "import normalizer_factory, bn_count"), "mxnext.complicate.bn_count"),

@@ -13,6 +13,7 @@ import symbol as S
 from config.schema import Config
 from core.first_weights import load_first_weights, load_given_weights
 from core.params_file import write_params
+from models.retinanet.builder import MSRAResNetV1bFPN, MSRAResNetV1FPN
 from utils.convert_checkpoint import convert
 
 
@@ -62,3 +63,34 @@ def test_a_bad_file_changes_nothing(tmp_path: Path, content: bytes | None, messa
 def test_an_arrays_list_is_no_checkpoint() -> None:
     with pytest.raises(ValueError, match="arrays without names"):
         load_given_weights(Path(__file__).parents[1] / "golden" / "mxnet191_list.params")
+
+
+class _Own(MSRAResNetV1FPN):
+    """A user's, on v1."""
+
+
+@pytest.mark.parametrize(
+    "backbone, message",
+    [
+        (MSRAResNetV1FPN, "holds a ResNet v1b, .* give it SimpleDet's resnet-v1"),
+        (_Own, "holds a ResNet v1b, .* give it SimpleDet's resnet-v1"),
+        (MSRAResNetV1bFPN, r"does not fit this model:\s+5 missing"),
+        (object, r"does not fit this model:\s+5 missing"),
+    ],
+)
+def test_the_backbones_class_says_which_variant_fits(tmp_path: Path, backbone: type, message: str) -> None:
+    torch.save({"layer1.0.conv3.weight": torch.zeros(1)}, tmp_path / "a.pth")
+    config = Config()
+    config.ModelParam.backbone = backbone
+    config.ModelParam.pretrain.prefix = str(tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        load_first_weights(small_module(), config, None)
+
+
+def test_the_usual_place_follows_the_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = Config()
+    for backbone, place in ((MSRAResNetV1FPN, "resnet-v1-50"), (MSRAResNetV1bFPN, "resnet50_v1b")):
+        config.ModelParam.backbone = backbone
+        with pytest.raises(FileNotFoundError, match=rf"no pretrained backbone pretrain_model/{place}\.safetensors"):
+            load_first_weights(small_module(), config, None)

@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from core.pretrain import depth_of, find_backbone, load_backbone, read_backbone, rename_layer
+from core.backbone_names import rename_layer
+from core.pretrain import find_backbone, load_backbone, read_backbone
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "fpn_128.json"
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -73,38 +74,12 @@ def expected_shapes(depth: int) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in renamed.items() if name is not None}
 
 
-@pytest.mark.parametrize(
-    "theirs, ours",
-    [
-        ("conv1.weight", "conv0_weight"),
-        ("bn1.weight", "bn0_gamma"),
-        ("bn1.bias", "bn0_beta"),
-        ("bn1.running_mean", "bn0_moving_mean"),
-        ("bn1.running_var", "bn0_moving_var"),
-        ("layer1.0.conv1.weight", "stage1_unit1_conv1_weight"),
-        ("layer3.22.bn3.running_var", "stage3_unit23_bn3_moving_var"),
-        ("layer2.0.downsample.0.weight", "stage2_unit1_sc_weight"),
-        ("layer2.0.downsample.1.weight", "stage2_unit1_sc_bn_gamma"),
-        ("layer2.0.downsample.1.running_mean", "stage2_unit1_sc_bn_moving_mean"),
-        ("bn1.num_batches_tracked", None),
-        ("fc.weight", None),
-        ("layer1.0.se.fc1.weight", None),
-        ("layer1.0.downsample.2.weight", None),
-        ("conv1.0.weight", None),
-        ("conv1.bias", None),
-        ("module.conv1.weight", None),
-    ],
-)
-def test_names(theirs: str, ours: str | None) -> None:
-    assert rename_layer(theirs) == ours
-
-
 def test_torchvisions_resnet50_fills_the_original_backbone(tmp_path: Path) -> None:
     """The golden file's names and shapes are the original system's: all 265 are found, with their values."""
     stored = make_state_dict(50)
     path = tmp_path / "resnet50_v1b.safetensors"
     safetensors.torch.save_file(stored, path)
-    tensors, line = load_backbone(path, golden_shapes())
+    tensors, line = load_backbone(path, golden_shapes(), "v1b")
     assert len(tensors) == 265
     assert line == f"backbone: 265 tensors of ResNet-50 from {path}, 55 others ignored"  # 53 counters and the fc
     for theirs, ours in [
@@ -123,7 +98,7 @@ def test_torchvisions_resnet18_in_both_formats(tmp_path: Path, suffix: str) -> N
         torch.save(stored, path)
     else:
         safetensors.torch.save_file(stored, path)
-    tensors, line = load_backbone(path, {**expected_shapes(18), "P5_conv_weight": (256, 512, 3, 3)})
+    tensors, line = load_backbone(path, {**expected_shapes(18), "P5_conv_weight": (256, 512, 3, 3)}, "v1b")
     assert "100 tensors of ResNet-18" in line  # 20 convolutions, 20 norms of 4
     assert torch.equal(tensors["stage2_unit1_conv2_weight"], stored["layer2.0.conv2.weight"])
     assert torch.equal(tensors["stage4_unit2_bn2_moving_mean"], stored["layer4.1.bn2.running_mean"])
@@ -134,16 +109,11 @@ def test_our_names_are_taken_as_they_are_and_half_becomes_float(tmp_path: Path) 
     """A checkpoint of a whole detector serves as a backbone."""
     stored = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in golden_shapes().items()}
     safetensors.torch.save_file(stored, tmp_path / "a.safetensors")
-    tensors, line = load_backbone(tmp_path / "a.safetensors", golden_shapes())
+    tensors, line = load_backbone(tmp_path / "a.safetensors", golden_shapes(), "v1b")
     assert len(tensors) == 265
     assert tensors["conv0_weight"].dtype == torch.float32
     assert tensors["conv0_weight"].unique().tolist() == [0.5]
     assert f"{len(stored) - 265} others ignored" in line
-
-
-@pytest.mark.parametrize("depth", UNITS)
-def test_the_depth_is_read_from_the_names(depth: int) -> None:
-    assert depth_of(expected_shapes(depth)) == depth
 
 
 @pytest.mark.parametrize("given", [18, 34, 101])
@@ -152,14 +122,14 @@ def test_another_depth_is_named(tmp_path: Path, given: int) -> None:
     stored = {name: torch.zeros(()).expand(shape) for name, shape in torchvision_shapes(given).items()}
     torch.save(stored, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=f"holds ResNet-{given}: set BackboneParam.depth={given}"):
-        load_backbone(tmp_path / "a.pth", golden_shapes())
+        load_backbone(tmp_path / "a.pth", golden_shapes(), "v1b")
 
 
 def test_another_width_is_named(tmp_path: Path) -> None:
     torch.save(make_state_dict(18), tmp_path / "a.pth")
     expected = expected_shapes(18) | {"conv0_weight": (32, 3, 7, 7)}
     with pytest.raises(ValueError, match=r"conv0_weight \(expected \(32, 3, 7, 7\).*\s.*num_filter=64"):
-        load_backbone(tmp_path / "a.pth", expected)
+        load_backbone(tmp_path / "a.pth", expected, "v1b")
 
 
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -167,7 +137,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     del stored["layer3.1.bn2.bias"]
     torch.save(stored, tmp_path / "a.pth")
     with pytest.raises(ValueError, match="1 missing: stage3_unit2_bn2_beta"):
-        load_backbone(tmp_path / "a.pth", expected_shapes(18))
+        load_backbone(tmp_path / "a.pth", expected_shapes(18), "v1b")
 
 
 @pytest.mark.parametrize("name", ["layer1.0.se.fc1.weight", "conv1.0.weight", "module.conv1.weight"])
@@ -209,11 +179,24 @@ def test_the_usual_place_and_given_paths(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "pretrain_model").mkdir()
     usual = Path("pretrain_model/resnet50_v1b.pth")
     usual.touch()
-    assert find_backbone(None, 50) == usual
-    assert find_backbone("pretrain_model/resnet50_v1b", 18) == usual
-    assert find_backbone(str(usual), 18) == usual
+    assert find_backbone(None, 50, "v1b") == usual
+    assert find_backbone("pretrain_model/resnet50_v1b", 18, "v1b") == usual
+    assert find_backbone(str(usual), 18, "v1b") == usual
     usual.with_suffix(".safetensors").touch()
-    assert find_backbone(None, 50) == usual.with_suffix(".safetensors")
+    assert find_backbone(None, 50, "v1b") == usual.with_suffix(".safetensors")
+
+
+def test_v1_has_a_usual_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrain_model").mkdir()
+    Path("pretrain_model/resnet50_v1b.pth").touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"resnet-v1-50\.safetensors.*SimpleDet's .*MXNet's own Gluon resnet50_v1"
+    ):
+        find_backbone(None, 50, "v1")
+    usual = Path("pretrain_model/resnet-v1-50-0000.params")
+    usual.touch()
+    assert find_backbone(None, 50, "v1") == find_backbone("pretrain_model/resnet-v1-50", 101, "v1b") == usual
 
 
 def test_a_missing_backbone_says_how_to_get_it_and_how_to_do_without(
@@ -221,6 +204,25 @@ def test_a_missing_backbone_says_how_to_get_it_and_how_to_do_without(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"utils/get_backbone\.py --depth 101;.*from_scratch=True"):
-        find_backbone(None, 101)
+        find_backbone(None, 101, "v1b")
     with pytest.raises(FileNotFoundError, match=r"no file a\.pth: set ModelParam.pretrain.prefix"):
-        load_backbone("a.pth", golden_shapes())
+        load_backbone("a.pth", golden_shapes(), "v1b")
+
+
+def test_torchvisions_bottlenecks_are_not_those_of_v1(tmp_path: Path) -> None:
+    torch.save(make_state_dict(50), tmp_path / "a.pth")
+    message = (
+        r"a\.pth holds a ResNet v1b, with a bottleneck's stride on its 3x3 convolution, but this model's backbone is a "
+        r"ResNet v1, with the stride on the first, 1x1 convolution: give it SimpleDet's resnet-v1-50-0000\.params, .*; "
+        r"or set ModelParam\.backbone = MSRAResNetV1bFPN$"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_backbone(tmp_path / "a.pth", golden_shapes(), "v1")
+
+
+def test_our_own_names_are_taken_at_their_word(tmp_path: Path) -> None:
+    """They do not tell v1 from v1b: a checkpoint of either has them."""
+    stored = {name: torch.zeros(shape) for name, shape in golden_shapes().items()}
+    safetensors.torch.save_file(stored, tmp_path / "a.safetensors")
+    for variant in ("v1", "v1b"):
+        assert len(load_backbone(tmp_path / "a.safetensors", golden_shapes(), variant)[0]) == 265

@@ -20,7 +20,7 @@ from torch import Tensor
 import symbol as S
 from config.load import load_config
 from config.schema import Config
-from models.backbone.resnet_v1b import resnet_v1b
+from models.backbone.resnet import resnet_v1b
 from models.retinanet.builder import RetinaNetHead
 from symbol import Group, Symbol, var
 from symbol.layers import normalizer_factory

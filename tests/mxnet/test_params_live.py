@@ -13,7 +13,7 @@ import torch
 
 import symbol as S
 from core.params_file import Layout, ParamsFile, SavedArray, read_params, read_params_file, write_params_file
-from models.backbone.resnet_v1b import resnet_v1b
+from models.backbone.resnet import resnet_v1b
 from models.NASFPN.builder import NASFPNNeck
 from symbol.layers import normalizer_factory
 

@@ -85,3 +85,10 @@ def test_normalizers_without_a_hint_or_of_no_known_type():
     assert normalizer_factory("localbn")(var("x"), name="b").attr_dict() == {}
     with pytest.raises(ValueError, match="expected one of localbn, syncbn, fixbn, got 'batch'"):
         normalizer_factory("batch")
+
+
+@pytest.mark.parametrize("type", ["localbn", "syncbn", "fixbn"])
+def test_a_normalizers_eps_and_learning_rate(type):
+    x = normalizer_factory(type, eps=1e-3, lr_mult=0)(var("x"), name="b")
+    assert attrs(x)["eps"] == 1e-3
+    assert x.attr_dict()["b_gamma"] == x.attr_dict()["b_beta"] == {"__lr_mult__": "0"}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import symbol as S
-from models.backbone.resnet_v1b import resnet_v1b
+from models.backbone.resnet import resnet_v1b
 from models.NASFPN.builder import NASFPNNeck, TopDownBottomUpFPNNeck
 from models.retinanet.builder import RetinaNetNeck
 from symbol.layers import normalizer_factory

@@ -1,13 +1,23 @@
-"""ResNet v1b as symbols: He et al. 2016, with a block's stride on its 3x3 convolution.
+"""ResNets as symbols: He et al. 2016, "Deep Residual Learning for Image Recognition".
 
-The names are GluonCV's: conv0, bn0, stage1_unit1_conv1, ..., stage1_unit1_sc. N images, C channels, H, W.
+A bottleneck that halves the sides does it in its first convolution, which is 1x1 (v1, as published), or in its second,
+3x3 (v1b). Names and shapes of all parameters are the same in both, what they compute is not. Basic blocks have no such
+choice.
+
+The names are SimpleDet's: conv0, bn0, stage1_unit1_conv1, ..., stage1_unit1_sc. N images, C channels, H, W.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
 from symbol import Symbol, var
 from symbol.layers import Normalizer, cast, conv, max_pool, relu
 
+Variant = Literal["v1", "v1b"]
+Unit = Callable[[Symbol, str, int, int, bool, Normalizer], Symbol]
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BASIC_BLOCK = (18, 34)  # two 3x3 convolutions; deeper networks squeeze the channels to a quarter and back
 
@@ -25,9 +35,13 @@ def _basic_unit(data: Symbol, name: str, filter: int, stride: int, project: bool
     return x + _shortcut(data, name, filter, stride, project, norm)
 
 
-def _bottleneck_unit(data: Symbol, name: str, filter: int, stride: int, project: bool, norm: Normalizer) -> Symbol:
-    x = relu(norm(conv(data, f"{name}_conv1", filter // 4), name=f"{name}_bn1"), f"{name}_relu1")
-    x = norm(conv(x, f"{name}_conv2", filter // 4, kernel=3, stride=stride), name=f"{name}_bn2")
+def _bottleneck_unit(
+    data: Symbol, name: str, filter: int, stride: int, project: bool, norm: Normalizer, variant: Variant
+) -> Symbol:
+    first, second = (stride, 1) if variant == "v1" else (1, stride)
+    x = norm(conv(data, f"{name}_conv1", filter // 4, stride=first), name=f"{name}_bn1")
+    x = relu(x, f"{name}_relu1")
+    x = norm(conv(x, f"{name}_conv2", filter // 4, kernel=3, stride=second), name=f"{name}_bn2")
     x = relu(x, f"{name}_relu2")
     x = norm(conv(x, f"{name}_conv3", filter), name=f"{name}_bn3")
     return x + _shortcut(data, name, filter, stride, project, norm)
@@ -40,8 +54,25 @@ def resnet_v1b(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int =
     """
     if depth not in UNITS:
         raise ValueError(f"BackboneParam.depth: expected one of {', '.join(map(str, UNITS))}, got {depth}")
-    basic = depth in BASIC_BLOCK
-    unit = _basic_unit if basic else _bottleneck_unit
+    unit = _basic_unit if depth in BASIC_BLOCK else partial(_bottleneck_unit, variant="v1b")
+    return _resnet(depth, unit, normalizer, fp16, num_filter)
+
+
+def resnet_v1(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int = 64) -> tuple[Symbol, ...]:
+    """As resnet_v1b, for networks of bottlenecks.
+
+    Raises ValueError for a depth that is none of 50, 101, 152.
+    """
+    known = [one for one in UNITS if one not in BASIC_BLOCK]
+    if depth not in known:
+        hint = "; basic blocks have no variants: take the v1b backbone" if depth in BASIC_BLOCK else ""
+        raise ValueError(
+            f"BackboneParam.depth: expected one of {', '.join(map(str, known))} for ResNet v1, got {depth}{hint}"
+        )
+    return _resnet(depth, partial(_bottleneck_unit, variant="v1"), normalizer, fp16, num_filter)
+
+
+def _resnet(depth: int, unit: Unit, normalizer: Normalizer, fp16: bool, num_filter: int) -> tuple[Symbol, ...]:
     data = var("data", shape=(0, 3, 0, 0))
     if fp16:
         data = cast(data, "float16", "data_fp16")
@@ -50,7 +81,7 @@ def resnet_v1b(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int =
     features = []
     channels = num_filter
     for stage, num_unit in enumerate(UNITS[depth], start=1):
-        filter = num_filter * 2 ** (stage - 1) * (1 if basic else 4)
+        filter = num_filter * 2 ** (stage - 1) * (1 if depth in BASIC_BLOCK else 4)
         for index in range(1, num_unit + 1):
             stride = 2 if stage > 1 and index == 1 else 1
             name = f"stage{stage}_unit{index}"
