@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None
     if parsed.engine == "mxnet":
+        if launched_size() not in (None, 1):
+            raise ValueError(
+                "the engine mxnet tests in one process, on one device: start detection_test.py without a launcher, or "
+                "use the engine torch"
+            )
         test(config, checkpoint=checkpoint, epoch=epoch, num_draw=parsed.draw, engine=parsed.engine)
         return
     kvstore = config.KvstoreParam

@@ -50,7 +50,6 @@ _ABOVE_ZERO = (
     "OptimizeParam.optimizer.lr",
     "OptimizeParam.optimizer.clip_gradient",
     "OptimizeParam.schedule.lr_factor",
-    "OptimizeParam.warmup.lr_factor",
     "ResizeParam.scale_min",
     "TestParam.nms.sigma",
 )
@@ -110,7 +109,7 @@ def _check_run(config: Config) -> None:
     kvstore = config.KvstoreParam
     if gpus and kvstore.processes != 1:
         raise ValueError(
-            f"KvstoreParam.processes is {kvstore.processes}, which is for CPUs; GPUs have a process each: write 1, or "
+            f"KvstoreParam.processes is {kvstore.processes}, which is for CPUs: write 1, or "
             "train on the CPU with --gpus cpu"
         )
     if (kvstore.machines > 1) != (kvstore.kvstore == "dist_sync"):
@@ -145,6 +144,13 @@ def _check_network(config: Config) -> None:
         raise ValueError(
             f"RpnParam.anchor_generate.stride: expected {AnchorGenerate().stride}, the strides of the "
             f"pyramid's levels, got {anchor.stride}; for other box sizes change anchor_generate.scale"
+        )
+    model = config.ModelParam
+    if config.NormalizeParam.type == "fixbn" and model.from_scratch and model.init_from is None:
+        raise ValueError(
+            "NormalizeParam.type=fixbn keeps the statistics that come with pretrained weights, and "
+            "ModelParam.from_scratch=True has none: random weights would grow without bound; write "
+            "NormalizeParam.type=localbn"
         )
     num_class = config.RpnParam.num_class
     if num_class is not None and num_class < 2:

@@ -39,8 +39,8 @@ class KvstoreParam(Section):
     """Where it runs."""
 
     kvstore: Literal["local", "device", "dist_sync"] = "local"  # dist_sync: several machines, under torchrun
-    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of each machine, a process each; () trains on the CPU
-    processes: int = 1  # on the CPU, where gpus is ()
+    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of each machine; () trains on the CPU
+    processes: int = 1  # on the CPU, where gpus is (); with engine mxnet devices of one process
     machines: int = 1
     num_device: int = derived("gpus, processes and machines of KvstoreParam")
     batch_image: int = derived("General.batch_image")

@@ -86,10 +86,11 @@ def _require_processes(kvstore: KvstoreParam, engine: str) -> None:
             "or --set"
         )
     if engine == "mxnet" and launched != kvstore.machines:
+        torchrun = f"torchrun --nnodes {kvstore.machines} --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST"
         raise ValueError(
-            f"KvstoreParam.machines is {kvstore.machines}, and {launched} processes were started: the engine mxnet has "
-            "one on each machine, for all of its devices; start detection_train.py on each with torchrun "
-            f"--nnodes {kvstore.machines} --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST"
+            f"KvstoreParam.machines is {kvstore.machines}, and {launched} process(es) were started: the engine mxnet "
+            "has one on each machine, for all of its devices; start detection_train.py "
+            + (f"on each with {torchrun}" if kvstore.machines > 1 else "without a launcher")
         )
 
 

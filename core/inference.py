@@ -209,14 +209,15 @@ def test(
             f"{path} was trained on the classes {_listed(progress.class_names)}; the images have "
             f"{_listed(names)}: test on image sets with the categories that it was trained on"
         )
-    module = build_test_module(config, weights, device, path)
+    module, notes = build_test_module(config, weights, device, path), list(config.notes)
     if engine == "mxnet":
         from core.mxnet_engine import MxnetModule  # its operators are built for it alone
 
         module = MxnetModule(config, weights)
+        notes.append(module.describe())
     folder.mkdir(parents=True, exist_ok=True)
     if world.is_first:
-        for note in config.notes:
+        for note in notes:
             print(note)
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []

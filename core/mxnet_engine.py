@@ -77,7 +77,8 @@ class MxnetTrainer:
         transform_batches(self.config, batches)
         num = len(self.executors)
         rounds = [batches[i : i + num] for i in range(0, len(batches), num)]
-        statistics = _MovingStatistics(self.executors, keep=len(rounds) > 1)
+        is_local = self.config.NormalizeParam.type == "localbn"
+        statistics = _MovingStatistics(self.executors, keep=len(rounds) > 1, is_local=is_local)
         for executor, batch in zip(self.executors, batches, strict=False):
             if len(rounds) > 1 or not batch["files"]:
                 _clear(gradients_of(executor))
@@ -123,9 +124,10 @@ class MxnetTrainer:
         """The losses (L,) of a batch on every device. Gradients of those without images stay as they were."""
         computed = {place: batch for place, batch in enumerate(parts) if batch["files"]}
         if computed and self.config.NormalizeParam.type == "syncbn":
-            # its BatchNorm waits for all devices: one without images gets another's, from which there is no loss
-            without = _without_labels(next(iter(computed.values())))
-            computed |= {place: without for place in range(len(parts)) if place not in computed}
+            # its BatchNorm waits for all devices, and weights them alike: those without images get the others' by
+            # turns, from which there is no loss
+            given = [_without_labels(batch) for batch in computed.values()]
+            computed = {place: computed.get(place, given[place % len(given)]) for place in range(len(parts))}
         inputs = {place: self._inputs(batch, place) for place, batch in computed.items()}
         for place, given in inputs.items():  # binding anew waits for what runs, so before any device begins
             _fit(self.executors[place], given)
@@ -161,8 +163,9 @@ class _MovingStatistics:
     """BatchNorm's moving means and variances on this machine's devices: each batch moves those of the step's begin, and
     the step ends with the mean of what came of it."""
 
-    def __init__(self, executors: Sequence[Any], keep: bool) -> None:
+    def __init__(self, executors: Sequence[Any], keep: bool, is_local: bool) -> None:
         self._executors = executors
+        self._is_local = is_local
         self._begun = [{name: value.copy() for name, value in now.items()} for now in self._now()] if keep else []
         self._sum: list[dict[str, Any]] = []
         self._num = 0
@@ -188,13 +191,12 @@ class _MovingStatistics:
         ]
 
     def finish(self, kvstore: Kvstore) -> None:
-        """The means over the batches, and over the devices of all machines."""
+        """The means over the batches, and over the devices of all machines, where these have each its own."""
         if self._sum:
             self._set([{name: value / self._num for name, value in each.items()} for each in self._sum])
-        if kvstore.size > 1:
+        if kvstore.size > 1 and self._is_local:
             self._set([{name: value / kvstore.size for name, value in now.items()} for now in self._now()])
             kvstore.add_up(self._now())
-            load_mxnet().nd.waitall()
 
 
 def _fit(executor: Any, batch: Any) -> None:
@@ -274,17 +276,20 @@ def build_trainer(
 
 
 def _let_devices_wait(config: Config, graph: Symbol) -> None:
-    """Room for synced BatchNorms of CPU devices, which wait for each other in MXNet's workers, and share these.
+    """Room for synced BatchNorms, which wait for the other devices in MXNet's workers.
 
-    A graph with branches has several that wait at once: with a worker for each there is always another to go on. In one
-    of the bundles that MXNet makes of operators it would keep the others of its bundle from it.
+    A graph with branches has several that wait at once: with a worker for each there is always another to go on. CPU
+    devices share their workers. In one of the bundles that MXNet makes of operators, one that waits would keep the
+    others of its bundle from it.
 
     Raises ValueError where MXNet has started with fewer workers.
     """
-    kvstore, name = config.KvstoreParam, "MXNET_CPU_WORKER_NTHREADS"
-    if kvstore.gpus or kvstore.num_device == 1 or config.NormalizeParam.type != "syncbn":
+    kvstore, num_norm = config.KvstoreParam, sum(node.op == "_contrib_SyncBatchNorm" for node in graph.nodes())
+    if kvstore.num_device == 1 or not num_norm:
         return
-    wanted = kvstore.num_device * sum(node.op == "_contrib_SyncBatchNorm" for node in graph.nodes())
+    name, wanted = "MXNET_CPU_WORKER_NTHREADS", num_norm * kvstore.num_device
+    if kvstore.gpus:
+        name, wanted = "MXNET_GPU_WORKER_NTHREADS", num_norm
     os.environ["MXNET_EXEC_BULK_EXEC_TRAIN"] = "0"
     if "mxnet" not in sys.modules:
         os.environ.setdefault(name, str(wanted))
@@ -310,13 +315,23 @@ def _resume(executor: Any, momentum: Mapping[str, Tensor]) -> None:
     for index, name in optimizer.idx2name.items():
         if name in momentum:
             updater.states[index] = mx.nd.array(momentum[name].numpy())
-            updater.states_synced[index] = True
+            updater.states_synced[index] = False  # so that MXNet moves it to the weight's device
 
 
-def contexts(config: Config) -> list[Any]:
-    """MXNet's devices on this machine: KvstoreParam.gpus, or as many of the CPU as KvstoreParam.processes says."""
-    mx, kvstore = load_mxnet(), config.KvstoreParam
-    return [mx.gpu(i) for i in kvstore.gpus] or [mx.cpu(i) for i in range(kvstore.processes)]
+def contexts(config: Config, most: int | None = None) -> list[Any]:
+    """MXNet's devices on this machine, the first `most` (None: all) of KvstoreParam.gpus, or as many of the CPU as
+    KvstoreParam.processes says.
+
+    Raises ValueError for GPUs that MXNet does not find.
+    """
+    mx, gpus = load_mxnet(), config.KvstoreParam.gpus[:most]
+    found = mx.context.num_gpus() if gpus else 0
+    if gpus and max(gpus) >= found:
+        raise ValueError(
+            f"the config asks for the GPUs {','.join(map(str, gpus))}; this MXNet finds {found}: name those that are "
+            "there with --gpus, or add --gpus cpu"
+        )
+    return [mx.gpu(i) for i in gpus] or [mx.cpu(i) for i in range(config.KvstoreParam.processes)][:most]
 
 
 class MxnetModule(nn.Module):
@@ -325,9 +340,13 @@ class MxnetModule(nn.Module):
     def __init__(self, config: Config, weights: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._graph = in_precision(config.ModelParam.test_symbol, "float32")
-        self._context = contexts(config)[0]
+        (self._context,) = contexts(config, most=1)
         self._weights = {name: value.float().numpy() for name, value in weights.items()}
         self._executors: dict[tuple[int, ...], Any] = {}  # by the shape of the images
+
+    def describe(self) -> str:
+        """How it computes, as a line to print."""
+        return f"engine: MXNet {load_mxnet().__version__} on {self._context}, in float32"
 
     @torch.no_grad()
     def forward(self, **inputs: Tensor) -> list[Tensor]:

@@ -37,6 +37,8 @@ class Kvstore:
         if self.size == 1:
             return
         mx = load_mxnet()
+        # and finds out at once who is lost: MXNet would wait
+        world.require_equal({"number of devices (KvstoreParam)": num_device})
         if world.size > 1:
             _start_servers(world, self._held)
         with self._limited():
@@ -69,11 +71,13 @@ class Kvstore:
     def _limited(self) -> Iterator[None]:
         """Ends the process where what is inside waits longer than NECKLACE_TIMEOUT for other machines: MXNet would wait
         for ever, and cannot be interrupted."""
+        if self._world.size == 1:
+            yield
+            return
         seconds = timeout().total_seconds()
         timer = Timer(seconds, _give_up, [self._world.rank, seconds])
         timer.daemon = True
-        if self._world.size > 1:
-            timer.start()
+        timer.start()
         try:
             yield
         finally:
@@ -92,12 +96,13 @@ class Kvstore:
 
 def _start_servers(world: World, held: ExitStack) -> None:
     """The environment by which MXNet finds its kvstore's processes, and those of this machine, until `held` closes."""
-    root = socket.gethostbyname(os.environ["MASTER_ADDR"])
-    port = world.of_first("port of MXNet's scheduler", str(_free_port()))
+    # as another machine knows the first one, which may take its own name for 127.0.1.1
+    root = world.of(1, "address of the first machine", socket.gethostbyname(os.environ["MASTER_ADDR"]))
+    port = world.of(0, "port of MXNet's scheduler", str(_free_port()))
     os.environ |= {
         "DMLC_PS_ROOT_URI": root,
         "DMLC_PS_ROOT_PORT": port,
-        "DMLC_NODE_HOST": _address_towards(root),
+        "DMLC_NODE_HOST": root if world.is_first else _address_towards(root),
         "DMLC_NUM_WORKER": str(world.size),
         "DMLC_NUM_SERVER": str(world.size),
         "DMLC_ROLE": "worker",

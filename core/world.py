@@ -59,11 +59,11 @@ class World:
         _store().add("heard", last - first)
         return [_store().get(f"told/{number}").decode() for number in range(first + 1, last + 1)]
 
-    def of_first(self, name: str, value: str) -> str:
-        """What the first process gives under a name that is used once."""
-        if self.size > 1 and self.is_first:
-            _store().set(f"first/{name}", value)
-        return _store().get(f"first/{name}").decode() if self.size > 1 else value
+    def of(self, rank: int, name: str, value: str) -> str:
+        """What process `rank` gives under a name that is used once."""
+        if self.rank == rank:
+            _store().set(f"of/{name}", value)
+        return _store().get(f"of/{name}").decode()
 
     def any(self, wish: bool) -> bool:
         """Does any process wish it? All wait here for all."""
@@ -100,10 +100,13 @@ class World:
     def whereabouts(self) -> list[str]:
         """What every process said that it was doing."""
         lines = []
-        for rank in range(self.size):
-            key = f"doing/{rank}"
-            known = _store().check([key])
-            lines.append(f"rank {rank} was last: {_store().get(key).decode() if known else 'starting'}")
+        try:
+            for rank in range(self.size):
+                key = f"doing/{rank}"
+                known = _store().check([key])
+                lines.append(f"rank {rank} was last: {_store().get(key).decode() if known else 'starting'}")
+        except dist.DistError:  # the store went with the process that held it
+            lines.append("what the others were doing is not known: the process that held the notes is gone")
         return lines
 
 

@@ -31,6 +31,10 @@ def test_the_recipe_passes() -> None:
         (["ResizeParam.scale_min=0"], "ResizeParam.scale_min: expected more than 0, got 0.0"),
         (["General.batch_image=0"], "General.batch_image: expected at least 1, got 0"),
         (["General.loader_worker=-1"], "General.loader_worker: expected 0 or more, got -1"),
+        (
+            ["NormalizeParam.type=fixbn", "ModelParam.from_scratch=True"],
+            "random weights .*; write NormalizeParam.type=localbn",
+        ),
         (["NormalizeParam.eps=0"], "NormalizeParam.eps: expected more than 0, got 0.0"),
         (["NormalizeParam.lr_mult=-1"], "NormalizeParam.lr_mult: expected 0 or more, got -1.0"),
         (["TestParam.nms.thr=1.5"], "TestParam.nms.thr: expected 0 to 1, got 1.5"),

@@ -98,14 +98,12 @@ def test_devices_train_as_one_that_adds_up_their_batches(data_root: Path, kvstor
     close(both, four, rtol=1e-5)
 
 
-def test_a_step_is_that_of_torch(data_root: Path) -> None:
+def test_steps_are_those_of_torch(data_root: Path) -> None:
     """Also where two devices of four have no image, as in the epoch's last step."""
     four = ("General.batch_image=1", "RpnParam.sync_loss=True")
-    ours = train(data_root, 1, *four, "KvstoreParam.processes=4")
-    theirs = train(data_root, 1, *four, "OptimizeParam.accumulate=4", engine="torch")
-    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-4)
-    for name, value in theirs[1].items():
-        torch.testing.assert_close(ours[1][name], value, rtol=1e-3, atol=1e-4, msg=name)
+    ours = train(data_root, 2, *four, "KvstoreParam.processes=4")
+    theirs = train(data_root, 2, *four, "OptimizeParam.accumulate=4", engine="torch")
+    close(ours, theirs, rtol=1e-3)
     assert sum("moving_var" in name for name in theirs[1]) > 20
 
 
@@ -150,8 +148,9 @@ def run(arguments: list[str], folder: Path) -> str:
 
 def test_machines_train_as_devices_of_one(data_root: Path, tmp_path: Path) -> None:
     """kvstore dist_sync: a scheduler and two servers, which end with the run."""
-    run(command(data_root, tmp_path, "devices", *TWO), tmp_path)
-    run([*TORCHRUN, *command(data_root, tmp_path, "machines", *MACHINES, "General.batch_image=2")], tmp_path)
+    common = ("General.loader_worker=1", "TestParam.eval_epoch=1")
+    run(command(data_root, tmp_path, "devices", *TWO, *common), tmp_path)
+    run([*TORCHRUN, *command(data_root, tmp_path, "machines", *MACHINES, *common, "General.batch_image=2")], tmp_path)
     log = (tmp_path / "machines" / "log.txt").read_text()
     assert "on cpu(0) on each of 2 machines, in float32, gradients added up by kvstore dist_sync" in log
     ours, theirs = ([line for line in records(tmp_path / name) if "lr" in line] for name in ("machines", "devices"))
@@ -160,19 +159,21 @@ def test_machines_train_as_devices_of_one(data_root: Path, tmp_path: Path) -> No
     ended = [load_weights(tmp_path / name / "checkpoint-0001.safetensors")[0] for name in ("machines", "devices")]
     for name, value in ended[1].items():
         torch.testing.assert_close(ended[0][name], value, rtol=1e-4, atol=1e-6, msg=name)
-    assert not servers()
+    assert not servers(tmp_path)
 
 
-def servers() -> list[int]:
-    """The processes that are schedulers or servers of a kvstore."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*/cmdline"):
+def servers(folder: Path) -> dict[int, int]:
+    """The schedulers and servers of kvstores that `start` started for this folder: process to parent."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            words = process.read_bytes().split(b"\0")
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            is_ours = str(folder).encode() in (process / "environ").read_bytes()
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has ended
             continue
-        if b"core.mxnet_server" in words:
-            found.append(int(process.parent.name))
+        if b"core.mxnet_server" in words and is_ours:
+            found[int(process.name)] = parent
     return found
 
 
@@ -189,35 +190,75 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def test_a_machine_that_is_lost_ends_the_others(data_root: Path, tmp_path: Path) -> None:
-    """At once, or where they wait for its gradients after NECKLACE_TIMEOUT. And no server stays behind."""
-    values = (*MACHINES, "General.batch_image=1", "OptimizeParam.schedule.end_epoch=50")
+def start_machines(data_root: Path, folder: Path, *values: tuple[str, ...]) -> list[subprocess.Popen[str]]:
+    """Two, each with overrides of its own, without a launcher that would notice the end of one; they train for long."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     variables["NECKLACE_TIMEOUT"] = "10"
-    line = command(data_root, tmp_path, "lost", *values)
-    processes = [start(line, tmp_path, **variables, RANK=str(rank)) for rank in range(2)]
+    common = (*MACHINES, "General.batch_image=1", "OptimizeParam.schedule.end_epoch=50")
+    return [
+        start(command(data_root, folder, "run", *common, *own), folder, **variables, RANK=str(rank))
+        for rank, own in enumerate(values or ((), ()))
+    ]
+
+
+def outputs(processes: list[subprocess.Popen[str]]) -> list[str]:
     try:
-        log = tmp_path / "lost" / "log.jsonl"
-        until(lambda: log.is_file() and len(log.read_text().splitlines()) > 3, 60)
-        processes[1].send_signal(signal.SIGKILL)
-        output, _ = processes[0].communicate(timeout=30)
+        return [process.communicate(timeout=40)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    assert processes[0].returncode == 75
-    assert "rank 1 was last" in output or "another machine was lost" in output
-    until(lambda: not servers(), 5)
+
+
+def is_training(folder: Path) -> bool:
+    log = folder / "run" / "log.jsonl"
+    return log.is_file() and len(log.read_text().splitlines()) > 3
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_machine_that_is_lost_ends_the_others(data_root: Path, tmp_path: Path, lost: int) -> None:
+    """At once, or where they wait for its gradients after NECKLACE_TIMEOUT. And no server stays behind."""
+    processes = start_machines(data_root, tmp_path)
+    until(lambda: is_training(tmp_path), 60)
+    processes[lost].kill()
+    output = outputs(processes)[1 - lost]
+    assert processes[1 - lost].returncode == 75, output
+    assert "rank 1 was last" in output or "another machine was lost" in output or "notes is gone" in output
+    until(lambda: not servers(tmp_path), 5)
+
+
+def test_a_server_that_stalls_ends_all(data_root: Path, tmp_path: Path) -> None:
+    """MXNet waits for it without end."""
+    processes = start_machines(data_root, tmp_path)
+    until(lambda: is_training(tmp_path), 60)
+    stalled = next(server for server, parent in servers(tmp_path).items() if parent == processes[1].pid)
+    os.kill(stalled, signal.SIGSTOP)
+    until(lambda: all(process.poll() is not None for process in processes), 40)
+    os.kill(stalled, signal.SIGKILL)  # it holds their output
+    shown = outputs(processes)
+    assert [process.returncode for process in processes] == [75, 75]
+    assert any("MXNet's kvstore waited for 10 s" in output for output in shown)
+
+
+def test_machines_that_differ_say_so(data_root: Path, tmp_path: Path) -> None:
+    """Before MXNet, in which each would wait for the other."""
+    processes = start_machines(data_root, tmp_path, ("KvstoreParam.processes=1",), ("KvstoreParam.processes=2",))
+    for output in outputs(processes):
+        assert "the processes differ in number of devices" in output
+    assert [process.returncode for process in processes] == [1, 1]
 
 
 def test_synced_statistics_are_those_of_all_devices(data_root: Path, tmp_path: Path) -> None:
-    """Two devices with half of the images are one with all of them, where the losses are synced too."""
+    """Four devices with an image each are one with all of them, where the losses are synced too; also in the epoch's
+    last step, in which two have none."""
     synced = ("NormalizeParam.type=syncbn", "RpnParam.sync_loss=True")
-    run(command(data_root, tmp_path, "two", *TWO, *synced), tmp_path)
+    four = ("General.batch_image=1", "KvstoreParam.processes=4")
+    run(command(data_root, tmp_path, "four", *four, *synced), tmp_path)
     run(command(data_root, tmp_path, "one", *synced, "General.batch_image=4"), tmp_path)
-    run(command(data_root, tmp_path, "own", *TWO, "RpnParam.sync_loss=True"), tmp_path)
-    two, one, own = (records(tmp_path / name)[0] for name in ("two", "one", "own"))
-    assert two["reg_loss"] == pytest.approx(one["reg_loss"], rel=1e-4)
-    assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
-    assert own["grad_norm"] != pytest.approx(one["grad_norm"], rel=1e-2)
-    assert len(records(tmp_path / "two")) == len(records(tmp_path / "one")) == 5
+    run(command(data_root, tmp_path, "own", *four, "RpnParam.sync_loss=True"), tmp_path)
+    synced_run, one, own = (records(tmp_path / name) for name in ("four", "one", "own"))
+    for key in ("reg_loss", "grad_norm"):
+        ours, theirs = ([line[key] for line in lines] for lines in (synced_run, one))
+        assert ours == pytest.approx(theirs, rel=1e-3), key
+    assert len(one) == 5
+    assert own[0]["grad_norm"] != pytest.approx(one[0]["grad_norm"], rel=1e-2)

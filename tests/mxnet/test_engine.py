@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: make mxnet-test runs these")
 
+import detection_test
 from config.load import format_config, load_config
 from config.schema import Config
 from core import detection_module, inference
@@ -88,8 +89,11 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
     np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-4)
 
 
-def test_resuming_goes_on_from_the_momentum(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole, parts = load("whole"), load("parts")
+@pytest.mark.parametrize("devices", [(), ("General.batch_image=2", "KvstoreParam.processes=2")], ids=["one", "two"])
+def test_resuming_goes_on_from_the_momentum(
+    load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, devices: tuple[str, ...]
+) -> None:
+    whole, parts = load("whole", *devices), load("parts", *devices)
     detection_module.fit(whole, format_config(whole), engine="mxnet")
     with monkeypatch.context() as patched:
         stop_at(patched, 6, MxnetTrainer)
@@ -121,3 +125,22 @@ def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monke
     detection_module.fit(config, format_config(config), resume=True, engine="mxnet")
     assert len(used) == 9
     assert all(ours == pytest.approx(theirs) for ours, theirs in used)
+
+
+def test_gpus_that_mxnet_does_not_have_are_named(load: Load) -> None:
+    config = load("gpus", "KvstoreParam.gpus=0,1")
+    with pytest.raises(ValueError, match="asks for the GPUs 0,1; this MXNet finds 0"):
+        detection_module.fit(config, format_config(config), engine="mxnet")
+
+
+def test_processes_that_do_not_fit_the_engine_are_refused(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = load("machines", "KvstoreParam.machines=2", "KvstoreParam.kvstore=dist_sync")
+    with pytest.raises(ValueError, match=r"one on each machine.*torchrun --nnodes 2 --nproc-per-node 1"):
+        detection_module.fit(machines, format_config(machines), engine="mxnet")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = load("several")
+    with pytest.raises(ValueError, match=r"2 process.* were started.*without a launcher"):
+        detection_module.fit(config, format_config(config), engine="mxnet")
+    with pytest.raises(ValueError, match="tests in one process"):
+        detection_test.main(["--config", str(DEMO), "--engine", "mxnet"])
