@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from core.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
 from core.params_file import SUFFIX, read_params
 from core.pretrain import find_backbone, load_backbone, variant_of
+from core.simpledet_weights import as_ours
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -23,6 +24,8 @@ def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def load_given_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
     """Parameters and auxiliary states of a checkpoint that a user names, ours or MXNet's, and where its run stood.
+
+    They are as the file has them; `core.simpledet_weights.as_ours` makes what SimpleDet has in another way fit.
 
     Raises FileNotFoundError for a missing file and ValueError for one that is damaged or no checkpoint.
     """
@@ -48,12 +51,14 @@ def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | 
         module.load_state_dict(tensors)
         return [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
     if model.init_from is not None:
-        tensors, _ = load_given_weights(model.init_from)
-        fitting, report = keep_fitting(shapes_of(module), tensors, model.init_from)
+        shapes = shapes_of(module)
+        given, lines = as_ours(load_given_weights(model.init_from)[0], shapes, config.NormalizeParam, model.init_from)
+        fitting, report = keep_fitting(shapes, given, model.init_from)
         _load_some(module, fitting)
-        total = len(module.state_dict())
-        summary = f"fine-tuning {model.init_from}: {len(fitting)} of {total} tensors loaded, the others start anew"
-        return [summary, *report.lines()]
+        summary = (
+            f"fine-tuning {model.init_from}: {len(fitting)} of {len(shapes)} tensors loaded, the others start anew"
+        )
+        return [*lines, summary, *report.lines()]
     if model.from_scratch:
         return ["training from scratch: every weight is random"]
     variant = variant_of(model.backbone)

@@ -31,6 +31,7 @@ from core.image_set import ImageSet
 from core.loader import TestLoader, make_test_loader
 from core.out_of_memory import explained_memory
 from core.precision import precision
+from core.simpledet_weights import as_ours
 from core.world import ALONE, World
 from operator_cxx.nms import nms, soft_nms
 from symbol.passes import in_precision
@@ -209,7 +210,10 @@ def test(
             f"{path} was trained on the classes {_listed(progress.class_names)}; the images have "
             f"{_listed(names)}: test on image sets with the categories that it was trained on"
         )
-    module, notes = build_test_module(config, weights, device, path), list(config.notes)
+    graph = config.ModelParam.test_symbol
+    expected = {*graph.list_arguments(), *graph.list_auxiliary_states()}
+    weights, lines = as_ours(weights, expected, config.NormalizeParam, path)
+    module, notes = build_test_module(config, weights, device, path), [*config.notes, *lines]
     if engine == "mxnet":
         from core.mxnet_engine import MxnetModule  # its operators are built for it alone
 

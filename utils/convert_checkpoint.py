@@ -3,9 +3,9 @@
     python3 utils/convert_checkpoint.py retina-0025.params retina.safetensors
     python3 utils/convert_checkpoint.py experiments/demo/checkpoint-0012.safetensors demo-0012.params
 
-Names stay as they are; the `arg:` and `aux:` before MXNet's names come and go. A .safetensors file made here is a
-checkpoint: ModelParam.init_from and `detection_test.py --checkpoint` take it. Its epoch is the one in the name of the
-.params file; it knows no classes' names. MXNet is not needed.
+Names and shapes stay as they are; the `arg:` and `aux:` before MXNet's names come and go. A .safetensors file made here
+is a checkpoint: ModelParam.init_from and `detection_test.py --checkpoint` take it. Its epoch is the one in the name of
+the .params file; it knows no classes' names. MXNet is not needed.
 """
 
 from __future__ import annotations

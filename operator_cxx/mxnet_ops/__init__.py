@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import warnings
 from functools import cache
 from typing import Any
@@ -27,6 +28,7 @@ def load_mxnet() -> Any:
         if not info or (sources and info["sources"] != sources):
             state = "built from other sources" if info else "not built"
             raise ValueError(f"{library_path(name).name} is {state}: make ops, then make mxnet")
+    os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")  # a line on the console for every graph
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MXNet is older than what NumPy and Python have deprecated since
         mx = importlib.import_module("mxnet")

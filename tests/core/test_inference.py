@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -23,6 +24,7 @@ from config.schema import Config
 from core.checkpoint import Progress, epoch_stem, save_checkpoint
 from core.inference import detect
 from core.inference import test as run_test
+from core.params_file import write_params
 from core.world import World
 from symbol import lower
 from tests.small_config import DEMO, SMALL_NETWORK
@@ -295,3 +297,32 @@ def test_weights_of_other_classes_are_refused(data_root: Path, tmp_path: Path) -
     save_untrained(config, names=("a", "b", "c", "d", "e", "f"))
     with pytest.raises(ValueError, match=r"trained on the classes 6 \(a, b, c, d, e, ...\)"):
         run_test(config, None, None, num_draw=0)
+
+
+def test_simpledets_merged_checkpoint_detects_the_same(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its fixed BatchNorms are gamma * x + beta in the file, and the neck's have its names."""
+    config = load(data_root, tmp_path, "NormalizeParam.type=fixbn", "ModelParam.from_scratch=False")
+    weights = dict(lower(config.ModelParam.test_symbol, seed=1).state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in weights.items():
+        if "bn" in name:
+            tensor.uniform_(0.8, 1.2, generator=generator)
+    write_params(tmp_path / "plain-0003.params", weights)
+    for mean in [name for name in weights if name.endswith("_moving_mean")]:
+        norm = mean.removesuffix("_moving_mean")
+        scale = weights.pop(f"{norm}_gamma") / (weights.pop(f"{norm}_moving_var") + 1e-5).sqrt()
+        shift = weights.pop(f"{norm}_beta") - weights.pop(mean) * scale
+        theirs = norm.replace("_bn_neck", "_bn")
+        weights[f"{theirs}_gamma"], weights[f"{theirs}_beta"] = scale.reshape(1, -1, 1, 1), shift.reshape(1, -1, 1, 1)
+    write_params(tmp_path / "merged-0003.params", weights)
+    found = []
+    for name in ("plain", "merged"):
+        (tested,) = run_test(config, tmp_path / f"{name}-0003.params", None, num_draw=0)
+        found.append(np.concatenate([image.score for image in tested.detections]))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
+    assert re.search(r"merged-0003\.params: SimpleDet merged \d+ fixed BatchNorms", capsys.readouterr().out)
+    localbn = load(data_root, tmp_path)
+    with pytest.raises(ValueError, match=r"set NormalizeParam\.type=fixbn"):
+        run_test(localbn, tmp_path / "merged-0003.params", None, num_draw=0)
