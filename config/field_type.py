@@ -52,7 +52,7 @@ def describe(hint: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(describe(arg) for arg in args)
     if origin is Literal:
-        return "one of " + ", ".join(repr(choice) for choice in args)
+        return ("one of " if len(args) > 1 else "") + ", ".join(repr(choice) for choice in args)
     if origin is tuple:
         number = "" if args[-1] is Ellipsis else f"{len(args)} values, "
         return f"a tuple ({number}each {describe(args[0])})"

@@ -16,7 +16,8 @@ from config.overrides import apply_overrides
 from config.schema import Config, Transform
 from config.section import fill, leaves
 from config.simpledet.names import file_builtins, is_simpledet
-from config.simpledet.translate import Translation, translate
+from config.simpledet.settle import Translation
+from config.simpledet.translate import translate
 from symbol import Symbol
 from symbol.attributes import nearest
 
@@ -46,7 +47,8 @@ def load_config(path: str | Path, is_train: bool, overrides: Sequence[str] = ())
 def format_config(config: Config) -> str:
     """The complete tree, a line `Section.field = value` each. Notes, derived fields and classes are comments.
 
-    Lines that are no comments are overrides, which give the same config again.
+    Lines that are no comments are overrides, which give the same config again. A SimpleDet file's sides are shown as
+    padded; a note tells what images are scaled to.
     """
     lines = [f"# note: {note}" for note in config.notes]
     for key, section, entry in leaves(config):

@@ -70,7 +70,8 @@ def assign(section: Section, name: str, value: Any, place: str) -> None:
     try:
         value = convert(value, field_types(cls)[name])
     except TypeError:
-        expected = describe(field_types(cls)[name]) + _example(cls.__dataclass_fields__[name])
+        expected = describe(field_types(cls)[name])
+        expected += _example(cls.__dataclass_fields__[name], expected)
         raise ValueError(f"{place}: expected {expected}; got {value!r:.200}") from None
     object.__setattr__(section, name, value)
 
@@ -109,8 +110,9 @@ def _unknown(cls: type[Section], name: str) -> str:
     return f"{cls.__name__} has no field '{name}'; nearest: {nearest(name, cls.__dataclass_fields__)}"
 
 
-def _example(entry: Field[Any]) -> str:
+def _example(entry: Field[Any], expected: str) -> str:
     if "required" in entry.metadata:
         return f", such as {entry.metadata['required']}"
     default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-    return "" if default is None or isinstance(default, Section) else f", such as {default!r}"
+    is_said = default is None or isinstance(default, Section) or repr(default) == expected
+    return "" if is_said else f", such as {default!r}"

@@ -45,6 +45,11 @@ PUBLISHED: Final[Mapping[str, Published]] = {
     "coco_train2017": Published(num_class=80, num_image=117266),
     "coco_val2017": Published(num_class=80, num_image=4952),
     "coco_test-dev2017": Published(num_class=80, num_image=20288),
+    # the 2014 split of the same images: train + valminusminival = train2017, minival = val2017
+    "coco_train2014": Published(num_class=80, num_image=82081),
+    "coco_val2014": Published(num_class=80, num_image=40137),
+    "coco_valminusminival2014": Published(num_class=80, num_image=35185),
+    "coco_minival2014": Published(num_class=80, num_image=4952),
 }
 
 # parts of val2014 that have annotations of their own, but no folder of images

@@ -40,10 +40,17 @@ def _is_same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def number(value: Any, place: str) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{place}: expected a number above 0, got {value!r:.200}")
+def number(value: Any, place: str, or_zero: bool = False) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not (value > 0 or (or_zero and value == 0)):
+        expected = "0 or a number above it" if or_zero else "a number above 0"
+        raise ValueError(f"{place}: expected {expected}, got {value!r:.200}")
     return float(value)
+
+
+def shown(value: Any) -> str:
+    """For a note: a function by its name, without its address."""
+    return getattr(value, "__name__", None) or f"{value!r:.100}"
 
 
 def is_identity(process: Callable[..., Any], arguments: int) -> bool:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 _SUPPORTED = (
-    "SimpleDet's files run where they use the detector RetinaNet, the backbones ResNetV1bFPN, "
-    "MSRAResNet<depth>V1bFPN and MSRAResNet<depth>V1FPN, the necks NASFPNNeck, TopDownBottomUpFPNNeck, "
-    "RetinaNetNeckWithBN and RetinaNetNeck, and the heads RetinaNetHeadWithBN and RetinaNetHead"
+    "SimpleDet's files run with the detector RetinaNet; one of the backbones ResNetV1bFPN, MSRAResNet<depth>V1bFPN, "
+    "MSRAResNet<depth>V1FPN; one of the necks NASFPNNeck, TopDownBottomUpFPNNeck, RetinaNetNeckWithBN, RetinaNetNeck; "
+    "and one of the heads RetinaNetHeadWithBN, RetinaNetHead"
 )
 MODULES = (
     "mxnext.complicate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from config.schema import Config
 from core.image_set import PUBLISHED, ImageSet, resolve
 
 _LR, _WARMUP = "OptimizeParam.schedule.lr_epoch", "OptimizeParam.warmup.epoch"
+_END = "OptimizeParam.schedule.end_epoch"
 
 
 @dataclass(frozen=True)
@@ -20,34 +21,60 @@ class Iterations:
     warmup: int
     images: int
 
-    def set_epochs(self, config: Config, overrides: Sequence[str]) -> list[str]:
-        """Sets the epochs at which these iterations are, but for those that the overrides set; returns notes.
+    def set_epochs(self, config: Config, overridden: Container[str]) -> list[str]:
+        """Sets the epochs at which these iterations are, but for the fields that are `overridden`; returns notes.
 
         Raises FileNotFoundError where the image sets' annotations, which tell the length of an epoch, do not exist.
         """
-        overridden = {override.partition("=")[0].strip() for override in overrides}
-        schedule, warmup = config.OptimizeParam.schedule, config.OptimizeParam.warmup
-        if {_LR, _WARMUP} <= overridden:
-            return []
+        schedule, notes = config.OptimizeParam.schedule, []
+        if not config.DatasetParam.flip and _END not in overridden:
+            notes.append(
+                f"{_END}: an epoch of SimpleDet has every image twice, here, where none is flipped, once: its "
+                f"{schedule.end_epoch} are {2 * schedule.end_epoch} here"
+            )
+            schedule.end_epoch *= 2
+        counted = [key for key in (_LR, _WARMUP) if key not in overridden]
+        if not counted:
+            return notes
         iter_per_epoch = -(-_num_sample(config) // self.images)
+        setters = {_LR: self._set_milestones, _WARMUP: self._set_warmup}
+        done = [setters[key](config, iter_per_epoch) for key in counted]
+        notes += [note for note, _ in done]
+        if not all(fits for _, fits in done):
+            notes.append(
+                f"these iterations do not fit the training: name epochs, {_advice(schedule.end_epoch, counted)}"
+            )
+        return notes
+
+    def _set_milestones(self, config: Config, iter_per_epoch: int) -> tuple[str, bool]:
+        """What was done, and whether all steps are within the training."""
+        schedule = config.OptimizeParam.schedule
         end = schedule.end_epoch * iter_per_epoch
         milestones = [step + end if step < 0 else step for step in self.lr]
         reached = [step for step in milestones if 0 < step < end]
-        notes = []
-        if _LR not in overridden:
-            schedule.lr_epoch = tuple(step / iter_per_epoch for step in reached)
-            shown = [f"{step} is epoch {step / iter_per_epoch:.4g}" for step in reached]
-            late = [f"{step} is after the end" for step in milestones if step >= end]
-            notes.append(
-                f"OptimizeParam.schedule.lr_iter of {iter_per_epoch} iterations an epoch: "
-                f"{', '.join(shown + late) or 'none'}"
-            )
-        if _WARMUP not in overridden:
-            limit = min([*schedule.lr_epoch, float(schedule.end_epoch)])
-            warmup.epoch = min(self.warmup / iter_per_epoch, limit)
-            cut = f", cut to {limit:.4g}" if self.warmup / iter_per_epoch > limit else ""
-            notes.append(f"OptimizeParam.warmup.iter {self.warmup} is epoch {self.warmup / iter_per_epoch:.4g}{cut}")
-        return notes
+        schedule.lr_epoch = tuple(step / iter_per_epoch for step in reached)
+        shown = [f"{step} is epoch {step / iter_per_epoch:.4g}" for step in reached]
+        late = [f"{step} is after the end" for step in milestones if step >= end]
+        note = (
+            f"OptimizeParam.schedule.lr_iter, of {self.images} images each and {iter_per_epoch} an epoch: "
+            f"{', '.join(shown + late) or 'none'}"
+        )
+        return note, not late
+
+    def _set_warmup(self, config: Config, iter_per_epoch: int) -> tuple[str, bool]:
+        """What was done, and whether the warm-up is over in time."""
+        schedule, epoch = config.OptimizeParam.schedule, self.warmup / iter_per_epoch
+        limit = min([*schedule.lr_epoch, float(schedule.end_epoch)])
+        config.OptimizeParam.warmup.epoch = min(epoch, limit)
+        cut = f", cut to {limit:.4g}" if epoch > limit else ""
+        note = f"OptimizeParam.warmup.iter, of {self.images} images each: {self.warmup} is epoch {epoch:.4g}{cut}"
+        return note, not cut
+
+
+def _advice(end_epoch: int, keys: Sequence[str] = (_LR, _WARMUP)) -> str:
+    """The fractions of the published recipes."""
+    values = {_LR: f"{0.6 * end_epoch:g},{0.8 * end_epoch:g}", _WARMUP: f"{0.04 * end_epoch:g}"}
+    return " ".join(f"--set {key}={values[key]}" for key in keys)
 
 
 def _num_sample(config: Config) -> int:
@@ -66,8 +93,7 @@ def _num_image(image_set: str | ImageSet, data_root: str, end_epoch: int) -> int
     if not Path(resolved.annotation).is_file():
         raise FileNotFoundError(
             f"OptimizeParam.schedule.lr_iter: how many iterations an epoch of {resolved.name} has is not known, as "
-            f"{resolved.annotation} does not exist; name the data with --data-root, or give epochs: "
-            f"--set {_LR}={0.6 * end_epoch:g},{0.8 * end_epoch:g} --set {_WARMUP}={min(1, 0.6 * end_epoch):g}"
+            f"{resolved.annotation} does not exist; name the data with --data-root, or epochs, {_advice(end_epoch)}"
         )
     from core.coco_index import open_index
     from core.dataset import DetectionDataset

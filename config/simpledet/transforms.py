@@ -67,26 +67,21 @@ def read_transform(transform: Any, is_train: bool) -> Input:
     )
     if by_name["ReadRoiRecord"].args not in ((), (None,)):
         found.notes.append("ReadRoiRecord(gt_select): boxes and classes are read, nothing else")
-    if not found.flip:
-        found.notes.append("Flip2DImageBbox is not in transform: an epoch has every image once")
     mapping = by_name["RenameRecord"].args
     found.sections["RenameParam"] = type("RenameParam", (), {"mapping": mapping[0] if mapping else {}})
     return found
 
 
 def file_transform(resize: str, fit: tuple[int, int], padded: tuple[int, int]) -> Callable[[Config, bool], Transform]:
-    """The recipe's transforms, but images are resized as the file's transform `resize` does, to fit into `fit` where
-    the input is `padded`. Both are (short, long); where an override changes the input, images are scaled to that."""
+    """The recipe's transforms, but images are resized as the file's transform `resize` does, to fit into `fit`; the
+    input is `padded`. Both are (short, long)."""
     train, test = RESIZES[resize]
     if fit == padded and train is RandResizeCrop2DImageBbox:
         return retina_transform
 
     def resized_transform(config: Config, is_train: bool) -> Transform:
-        param = config.ResizeParam
-        if (param.short, param.long) == padded:
-            param = replace(param, short=fit[0], long=fit[1])
         transform = retina_transform(config, is_train)
-        transform.sample[1] = (train if is_train else test)(param)
+        transform.sample[1] = (train if is_train else test)(replace(config.ResizeParam, short=fit[0], long=fit[1]))
         return transform
 
     return resized_transform

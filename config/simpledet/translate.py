@@ -11,24 +11,21 @@ import ast
 import difflib
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import models.NASFPN.builder as nasfpn
 import models.retinanet.builder as retinanet
 from config.NASFPN.recipe import retina_metric
-from config.schema import Config, Transform
+from config.schema import Config
 from config.section import assign, leaves
-from config.simpledet.fields import agree, fields, is_identity, number
+from config.simpledet.fields import agree, fields, is_identity, number, shown
 from config.simpledet.names import Graph, Normalizer, Part, declared_classes, unsupported
 from config.simpledet.schedule import Iterations
-from config.simpledet.transforms import file_transform, read_transform
-from core.image_set import resolve
+from config.simpledet.settle import Translation
+from config.simpledet.transforms import read_transform
 from core.pretrain import default_prefix, variant_of
-from symbol import Symbol
 
 SECTIONS = (
     *("General", "KvstoreParam", "RpnParam", "RoiParam", "BboxParam"),
@@ -41,45 +38,11 @@ _BACKBONES = ("ResNetV1bFPN", "MSRAResNetV1bFPN", "MSRAResNetV1FPN")
 _NECKS = ("NASFPNNeck", "TopDownBottomUpFPNNeck", "RetinaNetNeckWithBN", "RetinaNetNeck")
 _HEADS = ("RetinaNetHeadWithBN", "RetinaNetHead")
 _NORMALIZERS = {"local": "localbn", "sync": "syncbn", "fix": "fixbn"}
-_ALWAYS = (
-    "data/cache/*.roidb is not read, nor any other pickle: images and boxes come from the image sets' COCO json",
+_ROIDB = "data/cache/*.roidb is not read, nor any other pickle: images and boxes come from the image sets' COCO json"
+_INPUT = (
     "images are resized, cropped and flipped as uint8 by the workers; Norm2DImage, ConvertImageFromHwcToChw and "
-    "PyramidAnchorTarget2D then run on whole batches, on the training device",
+    "PyramidAnchorTarget2D then run on whole batches, on the training device"
 )
-
-
-@dataclass
-class Translation:
-    """The config, and what only its overrides or its graph can settle."""
-
-    config: Config
-    notes: list[str]
-    iterations: Iterations | None  # of training
-    fixed: tuple[str, ...]  # patterns of parameters that stay as loaded
-    excluded: tuple[str, ...]
-    memonger_until: str | None
-    label_name: Sequence[str]
-
-    def before_check(self, overrides: Sequence[str]) -> None:
-        """After the overrides: iterations become epochs of the images that these name."""
-        if self.iterations is not None:
-            self.notes += self.iterations.set_epochs(self.config, overrides)
-
-    def after_derive(self) -> None:
-        """With the graph: names of parameters, labels and nodes."""
-        model = self.config.ModelParam
-        pretrain, graph = model.pretrain, model.train_symbol
-        if pretrain.fixed_param == self.fixed:
-            pretrain.fixed_param = _fixed_names(graph.list_arguments(), self.fixed, self.excluded)
-        if model.memonger_until == self.memonger_until and model.memonger_until not in (None, *_operators(graph)):
-            self.notes.append(
-                f"ModelParam.memonger_until = {model.memonger_until!r:.100} is not read: no operator is named so; "
-                "what is computed again is what makes the memory smallest"
-            )
-            model.memonger_until = None
-        unknown = [name for name in self.label_name if name not in graph.list_inputs()]
-        if unknown:
-            self.notes.append(f"label_name: {', '.join(unknown)} not read: the graph has no such input")
 
 
 def translate(result: tuple[Any, ...], is_train: bool, tree: ast.Module) -> Translation:
@@ -98,7 +61,8 @@ class _Reader:
     def __init__(self, result: tuple[Any, ...], is_train: bool) -> None:
         self.is_train = is_train
         self.config = Config()
-        self.notes: list[str] = list(_ALWAYS)
+        self.notes = [_ROIDB]
+        self._note_training(_INPUT)
         *sections, transform, self.data_name, self.label_name, self.metrics = result
         self.given: dict[str, Any] = {}  # what is still to be read: dotted key to value
         for name, section in zip(SECTIONS, sections, strict=True):
@@ -115,16 +79,31 @@ class _Reader:
     def read(self, tree: ast.Module) -> Translation:
         for step in (self._copies, self._normalizer, self._network, self._anchors, self._input, self._run, self._test):
             step()
-        iterations = self._optimizer()
         fixed, excluded = self._pretrain()
+        translation = Translation(
+            config=self.config,
+            notes=self.notes,
+            is_train=self.is_train,
+            resize=self.input.resize,
+            annotation=self._annotation(),
+            iterations=self._optimizer(),
+            fixed=fixed,
+            excluded=excluded,
+            memonger_until=self._memonger_until(),
+            label_name=self.label_name,
+        )
         self._take_over()
         self._report_undeclared(tree)
-        until = self.config.ModelParam.memonger_until
-        return Translation(self.config, self.notes, iterations, fixed, excluded, until, self.label_name)
+        return translation
 
     def _add(self, name: str, section: Any) -> None:
         """None is what SimpleDet reads where a file says nothing."""
         self.given |= {key: value for key, value in fields(name, section) if value is not None}
+
+    def _note_training(self, note: str) -> None:
+        """The log of a test has no use for it."""
+        if self.is_train:
+            self.notes.append(note)
 
     def _take(self, key: str, default: Any = None) -> Any:
         return self.given.pop(key, default)
@@ -176,7 +155,7 @@ class _Reader:
         assign(target, "lr_mult", normalizer.lr_mult, "normalizer_factory(lr_mult)")
         num_gpu = len(self._set("KvstoreParam.gpus"))
         if type == "syncbn" and normalizer.ndev != num_gpu:
-            self.notes.append(
+            self._note_training(
                 f"normalizer_factory(ndev={normalizer.ndev}), but KvstoreParam.gpus names {num_gpu}: batch statistics "
                 "are those of all processes"
             )
@@ -227,35 +206,29 @@ class _Reader:
                 "that averages; have both or neither"
             )
         self.config.DatasetParam.flip = self.input.flip
-        self.config.get_transform, self.config.get_metric = self._padded_input(), retina_metric
+        self.config.get_metric = retina_metric
         foreign = [str(one) for one in self.metrics if getattr(one, "name", None) != "FGAccMetric"]
         if foreign:
-            self.notes.append(f"metric_list: {', '.join(foreign)} not computed, only FGAccMetric is")
-
-    def _padded_input(self) -> Callable[[Config, bool], Transform]:
-        """Sides that are no multiples of the coarsest stride are padded to the next."""
-        param, coarsest = self.config.ResizeParam, max(self.config.RpnParam.anchor_generate.stride)
-        fit = (param.short, param.long)
-        param.short, param.long = (-(-side // coarsest) * coarsest for side in fit)
-        padded = (param.short, param.long)
-        if fit != padded:
-            self.notes.append(
-                f"ResizeParam: images are scaled to fit {fit[0]} x {fit[1]} and padded to {padded[0]} x {padded[1]}, "
-                f"multiples of {coarsest}"
-            )
-        return file_transform(self.input.resize, fit, padded)
+            self._note_training(f"metric_list: {', '.join(foreign)} not computed, only FGAccMetric is")
 
     def _run(self) -> None:
         if self.given.get("KvstoreParam.kvstore") == "nccl":
-            self.given["KvstoreParam.kvstore"] = "device"  # NCCL serves GPUs anyway
+            self.given["KvstoreParam.kvstore"] = "device"
+            self._note_training(
+                "KvstoreParam.kvstore: 'nccl' is 'device' here; GPUs add up their gradients by NCCL anyway"
+            )
         if self.config.General.fp16:
-            self.notes.append(
+            self._note_training(
                 "General.fp16: the losses are not scaled by a fixed 128; where float16 is used, the scale adapts itself"
             )
         if self._take("ModelParam.random"):
-            self.notes.append("ModelParam.random: what is random follows from General.seed, not from the time")
-        if not self.given.get("ModelParam.memonger"):
-            self._take("ModelParam.memonger_until")
+            self._note_training("ModelParam.random: what is random follows from General.seed, not from the time")
+
+    def _memonger_until(self) -> str | None:
+        """It takes effect where memonger is on, which an override may say."""
+        until: str | None = self._set("ModelParam.memonger_until")
+        self.config.ModelParam.memonger_until = None
+        return until
 
     def _optimizer(self) -> Iterations | None:
         schedule = "OptimizeParam.schedule."
@@ -266,7 +239,8 @@ class _Reader:
         if lr is not None:
             self.config.OptimizeParam.optimizer.lr_per_image = number(lr, "OptimizeParam.optimizer.lr") / images
             if warmup_lr is not None:
-                self.config.OptimizeParam.warmup.lr_factor = number(warmup_lr, "OptimizeParam.warmup.lr") / lr
+                factor = number(warmup_lr, "OptimizeParam.warmup.lr", or_zero=True) / lr
+                self.config.OptimizeParam.warmup.lr_factor = factor
         self._replace(f"{schedule}begin_epoch", "--resume goes on from the newest checkpoint", quiet=0)
         steps, warmup_step = self._take(f"{schedule}lr_iter", ()), self._take("OptimizeParam.warmup.iter") or 0
         if not self.is_train:
@@ -299,23 +273,16 @@ class _Reader:
         nms = self.given.get("TestParam.nms.type")
         if callable(nms):
             raise ValueError("TestParam.nms.type: expected 'nms', 'soft_linear' or 'soft_gaussian', got a function")
-        annotation = self._take("TestParam.coco.annotation")
-        if annotation is not None and not self.is_train:
-            self._compare_annotation(annotation)
 
-    def _compare_annotation(self, annotation: Any) -> None:
-        given = self.given.get("DatasetParam.image_set", ())
-        sets = [resolve(one, "data") for one in ((given,) if isinstance(given, str) else given)]
-        if Path(str(annotation)).name not in [Path(one.annotation).name for one in sets]:
-            self.notes.append(
-                f"TestParam.coco.annotation {annotation!r} is not read: {', '.join(one.name for one in sets)} is "
-                f"evaluated with its own annotations; --set TestParam.coco.annotation=FILE names others"
-            )
+    def _annotation(self) -> str | None:
+        """Of a test's images."""
+        annotation = self._take("TestParam.coco.annotation")
+        return None if annotation is None or self.is_train else str(annotation)
 
     def _replace(self, key: str, instead: str, quiet: Any = None) -> None:
         value = self._take(key, quiet)
         if value != quiet:
-            self.notes.append(f"{key} = {value!r:.100} is not read: {instead}")
+            self._note_training(f"{key} = {shown(value)} is not read: {instead}")
 
     def _take_over(self) -> None:
         """What is left: fields of the same name here, and those that nobody reads."""
@@ -327,7 +294,7 @@ class _Reader:
                 siblings = [one for one in known if one.rpartition(".")[0] == key.rpartition(".")[0]]
                 near = difflib.get_close_matches(key, siblings, 1, 0.8)
                 hint = f"; did you mean {near[0].rpartition('.')[2]}?" if near else ""
-                self.notes.append(f"{key} = {value!r:.100} is not read: there is no such setting{hint}")
+                self.notes.append(f"{key} = {shown(value)} is not read: there is no such setting{hint}")
 
     def _report_undeclared(self, tree: ast.Module) -> None:
         """Classes of get_config that reach nobody. NormalizeParam is there for the file's own use of its normalizer."""
@@ -348,18 +315,6 @@ def _class(part: Part, known: Sequence[str], name: str, what: str) -> type:
         raise ValueError(unsupported(f"the {what} {part}"))
     found: type = getattr(nasfpn, name, None) or getattr(retinanet, name)
     return found
-
-
-def _fixed_names(names: Sequence[str], patterns: Sequence[str], excluded: Sequence[str]) -> tuple[str, ...]:
-    """SimpleDet's patterns may stand anywhere in a parameter's name, ours at its start: as names where that differs."""
-    chosen = [name for name in names if any(one in name for one in patterns)]
-    kept = tuple(name for name in chosen if not any(one in name for one in excluded))
-    plain = [name for name in names if name.startswith(tuple(patterns))]
-    return tuple(patterns) if list(kept) == plain else kept
-
-
-def _operators(graph: Symbol) -> list[str]:
-    return [node.name for node in graph.nodes() if not node.is_variable]
 
 
 def _show_graph(graph: Any) -> str:

@@ -3,7 +3,7 @@
 import builtins
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,50 +11,12 @@ import pytest
 import detection_test
 import detection_train
 from config.load import format_config, load_config
-from config.schema import Config
+from tests.config.simpledet_edits import COCO, DEMO, Edit, Load, loader, network
 from tests.small_config import SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset
 
 ROOT = Path(__file__).parents[2]
-DEMO = Path(__file__).with_name("simpledet_demo.py")
 EXPERIMENTS = sorted((ROOT / "config" / "NASFPN").glob("retina_*.py"))
-Edit = tuple[str, str]
-Load = Callable[..., Config]
-
-
-def edited(edits: Sequence[Edit]) -> str:
-    text = DEMO.read_text()
-    for old, new in edits:
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    return text
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Load:
-    """The demo's file with edits, loaded; there is no data."""
-
-    def load(*edits: Edit, is_train: bool = True, overrides: Sequence[str] = (), name: str = "one@file") -> Config:
-        path = tmp_path / f"{name}.py"
-        path.write_text(edited(edits))
-        root = f"DatasetParam.data_root={tmp_path / 'none'}"
-        return load_config(path, is_train, [root, *overrides])
-
-    return load
-
-
-COCO: tuple[Edit, ...] = (
-    ('image_set = ("demo_train",) if', 'image_set = ("coco_train2017", "coco_val2017") if'),
-    ('else ("demo_val",)', 'else ("coco_test-dev2017",)'),
-    ("1 + 6", "1 + 80"),
-    ("gpus = [0]", "gpus = [0, 1, 2, 3, 4, 5, 6, 7]"),
-    ("depth = 18", "depth = 50"),
-    ("from_scratch = True", "from_scratch = False"),
-    ("end_epoch = 3", "end_epoch = 25"),
-    ("[2000 // images_per_step]", "[244436 * epoch // images_per_step for epoch in (15, 20)]"),
-    ("iter = 400 //", "iter = 244436 //"),
-    ('"data/demo/annotations/instances_val.json"', '"data/coco/annotations/instances_val2017.json"'),
-)
 SYNC_LOSS: tuple[Edit, ...] = (
     ("sync_loss = False", "sync_loss = True"),
     ('["rpn_cls_label", "rpn_reg_target"', '["rpn_cls_label", "rpn_fg_count", "rpn_reg_target"'),
@@ -66,21 +28,6 @@ SYNC_LOSS: tuple[Edit, ...] = (
     ),
 )
 BN: Edit = ('type="localbn"', 'type="syncbn"')
-
-
-def network(batch_image: int, size: int, dim: int, stages: int = 7) -> tuple[Edit, ...]:
-    sides = tuple(size // stride for stride in (8, 16, 32, 64, 128))
-    return (
-        ("batch_image = 8 if", f"batch_image = {batch_image} if"),
-        ("short = 128", f"short = {size}"),
-        ("long = 128", f"long = {size}"),
-        ("short = (16, 8, 4, 2, 1)", f"short = {sides}"),
-        ("long = (16, 8, 4, 2, 1)", f"long = {sides}"),
-        ("dim_reduced = 48", f"dim_reduced = {dim}"),
-        ("num_stage = 2", f"num_stage = {stages}"),
-    )
-
-
 PUBLISHED: dict[str, tuple[Edit, ...]] = {
     "retina_r50v1b_fpn_640_1@256_25epoch": (
         *network(8, 640, 256),
@@ -101,6 +48,11 @@ PUBLISHED: dict[str, tuple[Edit, ...]] = {
         ("import NASFPNNeck as", "import TopDownBottomUpFPNNeck as"),
     ),
 }
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    return loader(tmp_path)
 
 
 @pytest.mark.parametrize("own", EXPERIMENTS, ids=lambda path: path.stem)
@@ -138,92 +90,10 @@ def test_transforms_and_inputs_are_ours(load: Load, is_train: bool) -> None:
     assert config.TestParam.model.epoch is None  # end_epoch is the newest
 
 
-def test_iterations_become_epochs_and_follow_the_devices(load: Load) -> None:
-    config = load(*COCO, *network(8, 640, 256))
-    iter_per_epoch = 3820  # 244436 samples, 64 a step
-    epochs = (244436 * 15 // 64 / iter_per_epoch, 244436 * 20 // 64 / iter_per_epoch)
-    assert config.OptimizeParam.schedule.lr_epoch == epochs
-    assert [round(epoch * iter_per_epoch) for epoch in epochs] == [57289, 76386]
-    assert config.OptimizeParam.warmup.epoch == 244436 // 64 / iter_per_epoch
-    assert config.OptimizeParam.warmup.lr_factor == pytest.approx(0.1)
-    assert "OptimizeParam.schedule.lr_iter of 3820 iterations an epoch: 57289 is epoch 15, 76386 is epoch 20" in (
-        config.notes
-    )
-    one = load(*COCO, *network(8, 640, 256), overrides=["KvstoreParam.gpus=0", "General.batch_image=4"])
-    assert one.OptimizeParam.schedule.lr_epoch == epochs
-    assert one.OptimizeParam.optimizer.lr == pytest.approx(0.08 / 16)
-    given = load(*COCO, overrides=["OptimizeParam.schedule.lr_epoch=3,4", "OptimizeParam.warmup.epoch=0.5"])
-    assert given.OptimizeParam.schedule.lr_epoch == (3.0, 4.0)
-    assert given.OptimizeParam.warmup.epoch == 0.5
-
-
-def test_iterations_from_the_end_and_beyond_it(load: Load) -> None:
-    steps = "[244436 * epoch // images_per_step for epoch in (15, 20)]"
-    config = load(*COCO, (steps, "[-30555, 10**6]"))  # 30555 steps of 8 images on each of 8 GPUs: two epochs
-    assert config.OptimizeParam.schedule.lr_epoch == (25 - 30555 / 3820,)
-    assert any(note.endswith("1000000 is after the end") for note in config.notes)
-    short = load(*COCO, overrides=["OptimizeParam.schedule.end_epoch=1"], name="short")
-    assert short.OptimizeParam.schedule.lr_epoch == ()
-    assert short.OptimizeParam.warmup.epoch == 3819 / 3820
-    long = load(*COCO, ("iter = 244436 //", "iter = 2 * 244436 //"), overrides=["OptimizeParam.schedule.end_epoch=1"])
-    assert long.OptimizeParam.warmup.epoch == 1.0
-    assert "OptimizeParam.warmup.iter 7638 is epoch 1.999, cut to 1" in long.notes
-
-
-def test_memonger(load: Load) -> None:
-    assert load(*COCO).ModelParam.memonger_until is None  # it is off
-    on = ("memonger = False", "memonger = True")
-    known = load(*COCO, on, ('"S2_P6_7_bn"', '"stage4_unit1_relu"')).ModelParam
-    assert (known.memonger, known.memonger_until) == (True, "stage4_unit1_relu")
-    config = load(*COCO, on)
-    assert (config.ModelParam.memonger, config.ModelParam.memonger_until) == (True, None)
-    assert any(note.startswith("ModelParam.memonger_until = 'S2_P6_7_bn' is not read") for note in config.notes)
-
-
 def test_none_says_nothing(load: Load) -> None:
     config = load(*COCO, ("begin_epoch = 0", "lr_factor = None"), ("conv_channel = 256", "conv_channel = None"))
     assert config.OptimizeParam.schedule.lr_factor == 0.1
     assert config.RpnParam.head.conv_channel == 256
-
-
-def test_what_flips_and_what_is_normalised_may_come_from_either_module(load: Load) -> None:
-    edits = (
-        ("            Flip2DImageBbox(),\n", ""),
-        ("import Norm2DImage, ", "import "),
-        ("        Pad2DImageBbox,\n", "        Pad2DImageBbox, Norm2DImage,\n"),
-    )
-    config = load(*COCO, *edits)
-    assert not config.DatasetParam.flip
-    assert "Flip2DImageBbox is not in transform: an epoch has every image once" in config.notes
-    assert any("lr_iter of 1910 iterations an epoch" in note or "lr_iter of 15278" in note for note in config.notes)
-
-
-def test_an_epoch_of_unknown_length(load: Load) -> None:
-    with pytest.raises(FileNotFoundError, match=r"lr_iter: how many iterations .* demo_train .*--data-root.*lr_epoch"):
-        load()
-
-
-def test_a_file_of_800_x_1333_is_padded(load: Load) -> None:
-    edits = (
-        ("short = 128", "short = 800"),
-        ("long = 128", "long = 1333"),
-        ("short = (16, 8, 4, 2, 1)", "short = (100, 50, 25, 13, 7)"),
-        ("long = (16, 8, 4, 2, 1)", "long = (167, 84, 42, 21, 11)"),
-        ("        scale_min = 0.8\n        scale_max = 1.2\n", ""),
-        ("import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox", "import ResizeCrop2DImageBbox"),
-        ("            RandResizeCrop2DImageBbox(", "            Resize2DImageBbox("),
-        ("        Pad2DImageBbox,\n", "        Pad2DImageBbox, Resize2DImageBbox,\n"),
-    )
-    config = load(*COCO, *edits)
-    assert (config.ResizeParam.short, config.ResizeParam.long) == (896, 1408)
-    resize, pad = config.transform.sample[1], config.transform.sample[-1]
-    assert type(resize).__name__ == "Resize2DImageBbox"
-    assert (resize.p.short, resize.p.long) == (800, 1333)
-    assert (pad.p.short, pad.p.long) == (896, 1408)
-    assert type(config.test_transform.sample[1]).__name__ == "Resize2DImageBbox"
-    assert any("fit 800 x 1333 and padded to 896 x 1408" in note for note in config.notes)
-    small = load(*COCO, *edits, overrides=["ResizeParam.short=128", "ResizeParam.long=256"])
-    assert (small.transform.sample[1].p.short, small.transform.sample[1].p.long) == (128, 256)
 
 
 @pytest.mark.parametrize(
@@ -262,31 +132,32 @@ def test_what_is_done_in_another_way_is_said(load: Load, edit: Edit, note: str) 
     assert lines[: len(config.notes)] == config.notes
 
 
-def test_annotations_of_other_images_are_not_read(load: Load) -> None:
-    assert not any("coco.annotation" in note for note in load(is_train=False).notes)
-    notes = load(*COCO, is_train=False).notes
-    assert any(
-        "instances_val2017.json' is not read: coco_test-dev2017 is evaluated with its own" in one for one in notes
+def test_a_tests_notes_are_about_testing(load: Load) -> None:
+    edits = (
+        ("epoch = 0\n            fixed", "epoch = 7\n            fixed"),
+        ("[metric.FGAccMetric(", "[metric.Loss('loss'), metric.FGAccMetric("),
     )
+    training = load(*COCO, *edits).notes
+    for about in ("nccl", "loss", "PyramidAnchorTarget2D", "General.seed", "pretrain.epoch", "metric.Loss"):
+        assert any(about in note for note in training), about
+    assert [note[:18] for note in load(*COCO, *edits, is_train=False).notes] == [
+        "data/cache/*.roidb",
+        "TestParam.coco.ann",
+    ]
+
+
+def test_a_function_that_is_not_called_is_named(load: Load) -> None:
+    edits = (
+        ("random = True", "random = True\n        process_weight = halve"),
+        ("    class General:", "    def halve(*_): pass\n\n    class General:"),
+    )
+    assert "ModelParam.process_weight = halve is not read: there is no such setting" in load(*COCO, *edits).notes
 
 
 def test_our_own_files_have_no_notes(nasfpn_640: Path, no_data: str) -> None:
     config = load_config(nasfpn_640, True, [no_data])
     assert config.notes == []
     assert "note" not in format_config(config)
-
-
-def test_fixed_parameters_are_found_anywhere_in_a_name(load: Load) -> None:
-    pattern = '["conv0", "stage1", "gamma"]\n            excluded_param = ["stage1_unit2"]'
-    config = load(*COCO, ('["conv0"]', pattern))
-    fixed = config.ModelParam.pretrain.fixed_param
-    assert {"conv0_weight", "stage1_unit1_conv1_weight", "stage4_unit1_bn1_gamma", "S1_P4_1_bn_neck_gamma"} <= set(
-        fixed
-    )
-    assert not any("stage1_unit2" in name or "stage2_unit1_conv" in name for name in fixed)
-    assert load(*COCO).ModelParam.pretrain.fixed_param == ("conv0",)
-    free = load(*COCO, ('["conv0"]', pattern), overrides=["ModelParam.pretrain.fixed_param=bn0"])
-    assert free.ModelParam.pretrain.fixed_param == ("bn0",)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +178,8 @@ def test_fixed_parameters_are_found_anywhere_in_a_name(load: Load) -> None:
         (('type="localbn"', 'type="gn"'), r"normalizer_factory\(type\): expected one of 'localbn', 'syncbn', 'fixbn'"),
         (("num_stage = 2", "num_stage = '2'"), "NeckParam.num_stage: expected an integer, such as 7; got '2'"),
         (("lr = 0.01 / 8 * images_per_step", "lr = 0"), "optimizer.lr: expected a number above 0, got 0"),
+        (("lr = 0.001 / 8 * images_per_step", "lr = -1"), "warmup.lr: expected 0 or a number above it, got -1"),
+        (('type = "sgd"', 'type = "adam"'), "OptimizeParam.optimizer.type: expected 'sgd'.*; got 'adam'"),
         (('type = "sgd"', 'type = "sgd"\n            lr_mode = "cosine"'), "lr_mode: expected 'step'"),
         (("[2000 // images_per_step]", "['a']"), r"lr_iter .*: expected numbers of iterations, got \['a'\]"),
         (('type = "nms"', "type = max"), "TestParam.nms.type: expected 'nms', .*, got a function"),

@@ -22,6 +22,12 @@ def test_test_dev_has_image_info_and_the_images_of_test() -> None:
     assert found.image_dir == "/data/coco/images/test2017"
 
 
+def test_parts_of_val2014_have_its_images() -> None:
+    found = resolve("coco_minival2014", "/data")
+    assert found.annotation == "/data/coco/annotations/instances_minival2014.json"
+    assert found.image_dir == resolve("coco_valminusminival2014", "/data").image_dir == "/data/coco/images/val2014"
+
+
 def test_test_split_with_boxes_of_its_own(tmp_path: Path) -> None:
     annotation = tmp_path / "mine" / "annotations" / "instances_test.json"
     annotation.parent.mkdir(parents=True)
@@ -103,4 +109,8 @@ def test_published_facts() -> None:
         "coco_train2017": (80, 117266),
         "coco_val2017": (80, 4952),
         "coco_test-dev2017": (80, 20288),
+        "coco_train2014": (80, 82081),
+        "coco_val2014": (80, 40137),
+        "coco_valminusminival2014": (80, 35185),
+        "coco_minival2014": (80, 4952),
     }
