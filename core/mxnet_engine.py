@@ -80,7 +80,7 @@ class MxnetTrainer:
         is_local = self.config.NormalizeParam.type == "localbn"
         statistics = _MovingStatistics(self.executors, keep=len(rounds) > 1, is_local=is_local)
         for executor, batch in zip(self.executors, batches, strict=False):
-            if len(rounds) > 1 or not batch["files"]:
+            if len(rounds) > 1 or not len(batch["data"]):
                 _clear(gradients_of(executor))
         losses = []
         for number, parts in enumerate(rounds):
@@ -122,7 +122,7 @@ class MxnetTrainer:
 
     def _forward_backward(self, parts: Sequence[Batch]) -> list[list[float]]:
         """The losses (L,) of a batch on every device. Gradients of those without images stay as they were."""
-        computed = {place: batch for place, batch in enumerate(parts) if batch["files"]}
+        computed = {place: batch for place, batch in enumerate(parts) if len(batch["data"])}
         if computed and self.config.NormalizeParam.type == "syncbn":
             # its BatchNorm waits for all devices, and weights them alike: those without images get the others' by
             # turns, from which there is no loss

@@ -50,9 +50,10 @@ def main() -> None:
         for name, engine in engines.items():
             batch = random_batch(engine.config, device)
             began = time.perf_counter()
-            engine.step([batch], step)
+            record = engine.step([batch], step)
             load_mxnet().nd.waitall()  # for the update
             seconds[name].append(time.perf_counter() - began)
+            assert (record.values > 0).all(), f"{name} has computed nothing: {record.values}"
     print(
         f"{config.General.name}, {config.General.batch_image} images a step, {torch.get_num_threads()} threads of torch"
     )
