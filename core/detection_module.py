@@ -47,11 +47,11 @@ def check_run(config: Config, resume: bool) -> None:
     Raises ValueError and OSError as `fit` does.
     """
     require_gpus(config)
-    if config.KvstoreParam.machines > 1:
+    kvstore = config.KvstoreParam
+    if kvstore.machines > 1:
         raise ValueError(
-            f"KvstoreParam.machines is {config.KvstoreParam.machines}: start detection_train.py on every machine with "
-            f"torchrun --nnodes {config.KvstoreParam.machines} --nproc-per-node "
-            f"{config.KvstoreParam.num_device // config.KvstoreParam.machines} --rdzv-backend c10d --rdzv-endpoint HOST"
+            f"KvstoreParam.machines is {kvstore.machines}: start detection_train.py on every machine with "
+            + _torchrun(kvstore.machines, kvstore.num_device // kvstore.machines)
         )
     find_start(config, resume)
     make_train_loader(config)  # which also makes the index, once
@@ -86,12 +86,15 @@ def _require_processes(kvstore: KvstoreParam, engine: str) -> None:
             "or --set"
         )
     if engine == "mxnet" and launched != kvstore.machines:
-        torchrun = f"torchrun --nnodes {kvstore.machines} --nproc-per-node 1 --rdzv-backend c10d --rdzv-endpoint HOST"
         raise ValueError(
             f"KvstoreParam.machines is {kvstore.machines}, and {launched} process(es) were started: the engine mxnet "
             "has one on each machine, for all of its devices; start detection_train.py "
-            + (f"on each with {torchrun}" if kvstore.machines > 1 else "without a launcher")
+            + (f"on each with {_torchrun(kvstore.machines, 1)}" if kvstore.machines > 1 else "without a launcher")
         )
+
+
+def _torchrun(machines: int, num_process: int) -> str:
+    return f"torchrun --nnodes {machines} --nproc-per-node {num_process} --rdzv-backend c10d --rdzv-endpoint HOST"
 
 
 def _train(config: Config, config_text: str, resume: bool, device: torch.device, world: World, engine: str) -> int:

@@ -146,7 +146,8 @@ class MxnetTrainer:
         return losses
 
     def _inputs(self, batch: Batch, place: int) -> Any:
-        mx, executor, context = load_mxnet(), self.executors[place], contexts(self.config)[place]
+        mx, executor = load_mxnet(), self.executors[place]
+        (context,) = executor._context
         labels = [name for name, *_ in executor.label_shapes]
         data, *given = [mx.nd.array(batch[name].float().numpy(), ctx=context) for name in ["data", *labels]]
         return mx.io.DataBatch([data], given)
@@ -201,13 +202,14 @@ class _MovingStatistics:
 
 def _fit(executor: Any, batch: Any) -> None:
     """Bind a module anew where a batch has another shape than the last one."""
+    if executor.data_shapes[0].shape == batch.data[0].shape:  # the labels follow from the images
+        return
     described = ((executor.data_shapes, batch.data), (executor.label_shapes, batch.label))
     wanted = [
         [load_mxnet().io.DataDesc(one.name, array.shape, one.dtype) for one, array in zip(shapes, arrays, strict=True)]
         for shapes, arrays in described
     ]
-    if [one.shape for one in wanted[0]] != [one.shape for one in executor.data_shapes]:
-        executor.reshape(*wanted)
+    executor.reshape(*wanted)
 
 
 def _clear(gradients: Mapping[str, Any]) -> None:
