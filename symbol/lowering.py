@@ -31,11 +31,11 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "slice_like": torch_ops.slice_like,
     "slice_axis": torch_ops.slice_axis,
     "add_n": torch_ops.add_n,
-    "elemwise_add": torch.add,
-    "elemwise_sub": torch.sub,
-    "elemwise_mul": torch.mul,
-    "broadcast_mul": torch.mul,
-    "broadcast_div": torch.div,
+    "elemwise_add": torch_ops.elemwise_add,
+    "elemwise_sub": torch_ops.elemwise_sub,
+    "elemwise_mul": torch_ops.elemwise_mul,
+    "broadcast_mul": torch_ops.broadcast_mul,
+    "broadcast_div": torch_ops.broadcast_div,
     "_mul_scalar": torch_ops.mul_scalar,
     "Reshape": torch_ops.reshape,
     "transpose": torch_ops.transpose,
@@ -150,7 +150,7 @@ def _emit(graph: fx.Graph, node: Node, values: dict[Entry, fx.Node], training: f
     arguments = [values[entry] for entry in node.inputs]
     if row.auxiliary:
         arguments.append(training)
-    attrs = {} if LOWERINGS[node.op] in (torch.add, torch.sub, torch.mul, torch.div) else node.full_attrs()
+    attrs = node.full_attrs()
     result = graph.call_function(LOWERINGS[node.op], tuple(arguments), attrs)
     visible = row.num_visible(node.full_attrs())
     if visible == 1:

@@ -165,13 +165,13 @@ def _slice_axis(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Sh
 
 
 def _broadcast(attrs: Mapping[str, Any], ins: Shapes, outs: Shapes) -> tuple[Shapes, Shapes]:
+    """Align the shapes at their last dimension, as MXNet does: (N, K, C) with (1,) is (N, K, C)."""
     lhs, rhs = ins
     if lhs is None or rhs is None:
         return ins, outs
-    if len(lhs) != len(rhs):
-        raise ValueError(f"broadcasting needs equal ranks, got {lhs} and {rhs}")
+    rank = max(len(lhs), len(rhs))
     out = []
-    for a, b in zip(lhs, rhs, strict=True):
+    for a, b in zip((1,) * (rank - len(lhs)) + lhs, (1,) * (rank - len(rhs)) + rhs, strict=True):
         if a != b and a > 1 and b > 1:
             raise ValueError(f"{lhs} and {rhs} cannot be broadcast")
         out.append(0 if 0 in (a, b) and max(a, b) < 2 else max(a, b))

@@ -121,10 +121,42 @@ def slice_axis(data: Tensor, *, axis: int, begin: int, end: int | None) -> Tenso
     return data.narrow(axis, start, stop - start)
 
 
+def _require_one_shape(lhs: Tensor, rhs: Tensor) -> None:
+    """Raise ValueError for what torch would broadcast and MXNet's elementwise operators refuse."""
+    if lhs.shape != rhs.shape:
+        raise ValueError(
+            f"expected two inputs of one shape, got {tuple(lhs.shape)} and {tuple(rhs.shape)}: "
+            "use broadcast_mul or broadcast_div, or Reshape one of them"
+        )
+
+
+def elemwise_add(lhs: Tensor, rhs: Tensor) -> Tensor:
+    _require_one_shape(lhs, rhs)
+    return lhs + rhs
+
+
+def elemwise_sub(lhs: Tensor, rhs: Tensor) -> Tensor:
+    _require_one_shape(lhs, rhs)
+    return lhs - rhs
+
+
+def elemwise_mul(lhs: Tensor, rhs: Tensor) -> Tensor:
+    _require_one_shape(lhs, rhs)
+    return lhs * rhs
+
+
+def broadcast_mul(lhs: Tensor, rhs: Tensor) -> Tensor:
+    return lhs * rhs
+
+
+def broadcast_div(lhs: Tensor, rhs: Tensor) -> Tensor:
+    return lhs / rhs
+
+
 def add_n(*terms: Tensor, **_: Any) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
-        total = total + term
+        total = elemwise_add(total, term)
     return total
 
 

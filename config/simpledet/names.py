@@ -15,8 +15,8 @@ from typing import Any
 
 _SUPPORTED = (
     "SimpleDet's files run with the detector RetinaNet; one of the backbones ResNetV1bFPN, MSRAResNet<depth>V1bFPN, "
-    "MSRAResNet<depth>V1FPN; one of the necks NASFPNNeck, TopDownBottomUpFPNNeck, RetinaNetNeckWithBN, RetinaNetNeck; "
-    "and one of the heads RetinaNetHeadWithBN, RetinaNetHead"
+    "MSRAResNet<depth>V1FPN; one of the necks NASFPNNeck, TopDownBottomUpFPNNeck, PAFPNNeckP3P7, "
+    "RetinaNetNeckWithBN, RetinaNetNeck; and one of the heads RetinaNetHeadWithBN, RetinaNetHead"
 )
 MODULES = (
     "mxnext.complicate",
@@ -24,6 +24,7 @@ MODULES = (
     "models.retinanet.input",
     "models.retinanet.metric",
     "models.NASFPN.builder",
+    "models.FPG.builder",
     "models.NASFPN.input",
     "core.detection_input",
     "core.detection_metric",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+import models.FPG.builder as fpg
 import models.NASFPN.builder as nasfpn
 import models.retinanet.builder as retinanet
 from config.NASFPN.recipe import retina_metric
@@ -35,7 +36,7 @@ _OTHERS = ("BackboneParam", "NeckParam", "NormParam", "ResizeParam", "PadParam",
 _RETURNED = "General, KvstoreParam, ..., TestParam, transform, data_name, label_name, metric_list"
 _BACKBONE = re.compile(r"MSRAResNet(18|34|50|101|152)(V1b?)FPN")
 _BACKBONES = ("ResNetV1bFPN", "MSRAResNetV1bFPN", "MSRAResNetV1FPN")
-_NECKS = ("NASFPNNeck", "TopDownBottomUpFPNNeck", "RetinaNetNeckWithBN", "RetinaNetNeck")
+_NECKS = ("NASFPNNeck", "TopDownBottomUpFPNNeck", "PAFPNNeckP3P7", "RetinaNetNeckWithBN", "RetinaNetNeck")
 _HEADS = ("RetinaNetHeadWithBN", "RetinaNetHead")
 _NORMALIZERS = {"local": "localbn", "sync": "syncbn", "fix": "fixbn"}
 _ROIDB = "data/cache/*.roidb is not read, nor any other pickle: images and boxes come from the image sets' COCO json"
@@ -313,7 +314,7 @@ def _only_argument(part: Part, name: str) -> Any:
 def _class(part: Part, known: Sequence[str], name: str, what: str) -> type:
     if name not in known:
         raise ValueError(unsupported(f"the {what} {part}"))
-    found: type = getattr(nasfpn, name, None) or getattr(retinanet, name)
+    found: type = next(getattr(module, name) for module in (fpg, nasfpn, retinanet) if hasattr(module, name))
     return found
 
 

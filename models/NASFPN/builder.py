@@ -5,7 +5,7 @@ A pyramid is a tuple of five levels P3 to P7, strides 8 to 128. N images, C chan
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import symbol as S
 from models.retinanet.builder import Features, MSRAResNetV1bFPN, RetinaNetHead, RetinaNetNeck
@@ -102,6 +102,9 @@ class NASFPNNeck(StackedNeck):
 class TopDownBottomUpFPNNeck(StackedNeck):
     """Each stage goes down the pyramid and up again (Liu et al. 2018, PANet); a merge is a sum, ReLU, 3x3 conv, BN."""
 
+    pool_kernel: ClassVar[int] = 2  # of the max pooling with stride 2 on the way up, and its padding
+    pool_pad: ClassVar[int] = 0
+
     def fuse(self, pyramid: dict[str, Symbol]) -> dict[str, Symbol]:
         down = {"P7": pyramid["P7"]}
         for coarse, fine in (("P7", "P6"), ("P6", "P5"), ("P5", "P4"), ("P4", "P3")):
@@ -109,7 +112,8 @@ class TopDownBottomUpFPNNeck(StackedNeck):
             down[fine] = self._relu_conv_bn(merge_sum(pyramid[fine], up, f"sum_{fine}_0_{coarse}_1"), f"{fine}_1")
         out = {"P3": down["P3"]}
         for fine, coarse in (("P3", "P4"), ("P4", "P5"), ("P5", "P6"), ("P6", "P7")):
-            pooled = max_pool(out[fine], f"{fine}_2_to_{coarse}", kernel=2, stride=2)
+            name = f"{fine}_2_to_{coarse}"
+            pooled = max_pool(out[fine], name, kernel=self.pool_kernel, stride=2, pad=self.pool_pad)
             merged = merge_sum(down[coarse], pooled, f"sum_{coarse}_1_{fine}_2")
             out[coarse] = self._relu_conv_bn(merged, f"{coarse}_2")
         return out

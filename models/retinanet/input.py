@@ -63,7 +63,7 @@ class PyramidAnchorTarget2D:
         rpn_cls_label   (N, sum of A*H*W)      -1 ignored, 0 background, else the class; per level (A, H, W)
         rpn_reg_target  (N, 4A, sum of H*W)    dx, dy, dw, dh of each foreground anchor, else 0
         rpn_reg_weight  (N, 4A, sum of H*W)    1 where the label is foreground, else 0
-        rpn_fg_count    (N,)                   foreground anchors of each image
+        rpn_fg_count    (N,)                   foreground anchors of each image, at least 1
     One record without N, of numpy arrays, gets numpy arrays without N.
 
     A batch whose images are at least as high as wide has maps of long x short cells, else short x long.
@@ -103,7 +103,7 @@ class PyramidAnchorTarget2D:
             "rpn_cls_label": label,
             "rpn_reg_target": self._by_cell(delta, portrait),
             "rpn_reg_weight": self._by_cell(foreground[..., None].expand_as(delta), portrait),
-            "rpn_fg_count": foreground.sum(dim=1).float(),
+            "rpn_fg_count": foreground.sum(dim=1).clamp(min=1).float(),
         }
 
     def _map_sizes(self, portrait: bool) -> list[tuple[int, int]]:

@@ -47,6 +47,11 @@ PUBLISHED: dict[str, tuple[Edit, ...]] = {
         *SYNC_LOSS,
         ("import NASFPNNeck as", "import TopDownBottomUpFPNNeck as"),
     ),
+    "retina_r50v1b_tdbu_640_3@384_25epoch": (
+        *network(8, 640, 384, 3),
+        ("from models.NASFPN.builder import NASFPNNeck as", "from models.FPG.builder import PAFPNNeckP3P7 as"),
+        ("wd_mult=1.0", "wd_mult=0.0"),
+    ),
 }
 
 
@@ -207,7 +212,8 @@ def test_contradictions_and_mistakes(load: Load, edit: Edit, message: str) -> No
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (("from models.NASFPN.builder import NASFPNNeck", "from models.FPG.builder import FPG"), "models.FPG"),
+        (("from models.NASFPN.builder import NASFPNNeck", "from models.FPG.builder import FPGNeckP2P6"),
+         "the neck models.FPG.builder.FPGNeckP2P6"),
         (("import RetinaNet as", "import FasterRcnn as"), "train_symbol: expected RetinaNet"),
         (("models.retinanet.builder import RetinaNet as", "symbol.builder import FasterRcnn as"), "symbol.builder"),
         (("import ResNetV1bFPN as", "import MSRAResNet50V2FPN as"), "the backbone models.*V2FPN"),

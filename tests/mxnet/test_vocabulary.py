@@ -122,6 +122,9 @@ def elementwise(op: str, broadcast: bool = False) -> Callable[[Random], tuple[Sy
         shapes = [[2, 3, 4], [2, 3, 4]]
         for axis in range(3 if broadcast else 0):
             shapes[r.randint(2)][axis] = int(r.choice([1, shapes[0][axis]]))
+        if broadcast:  # of unequal ranks, too
+            cut = int(r.randint(2))
+            shapes[cut] = shapes[cut][int(r.randint(3)) :]
         lhs, rhs = normal(r, *shapes[0]), normal(r, *shapes[1])
         rhs = rhs + np.sign(rhs)  # no division by almost nothing
         return S.create(op, var("lhs"), var("rhs"), name="op"), {"lhs": lhs, "rhs": rhs}
@@ -218,6 +221,38 @@ CASES: Mapping[str, Callable[[Random], tuple[Symbol, Inputs]]] = {
 }
 LOSSES = ("MakeLoss", "_contrib_FocalLoss")  # their values are sums here, and they take no gradient from above
 NOT_DIFFERENTIATED = ("_contrib_GenAnchor", "_contrib_GenProposalRetina")
+
+
+@pytest.mark.parametrize("op", ["broadcast_mul", "broadcast_div"])
+def test_broadcasting_infers_the_shapes_that_mxnet_infers(op: str) -> None:
+    """Shapes that fit and shapes that do not, of equal and of unequal ranks."""
+    graph = S.create(op, var("lhs"), var("rhs"), name="op")
+    theirs = load_symbol(graph)
+    seen = set()
+    r = Random(7)
+    for _ in range(200):
+        lhs, rhs = (tuple(int(n) for n in r.choice([1, 2, 3], r.randint(1, 5))) for _ in range(2))
+        try:
+            ours: Any = graph.infer_shape(lhs=lhs, rhs=rhs)[1]
+        except ValueError:
+            ours = None
+        try:
+            expected: Any = theirs.infer_shape(lhs=lhs, rhs=rhs)[1]
+        except load_mxnet().base.MXNetError:
+            expected = None
+        assert ours == expected, (lhs, rhs)
+        seen.add((expected is None, len(lhs) == len(rhs)))
+    assert len(seen) == 4
+    assert graph.infer_shape(lhs=(2, 3, 4), rhs=(1,)) == ([(2, 3, 4), (1,)], [(2, 3, 4)], [])
+
+
+@pytest.mark.parametrize("op", ["elemwise_add", "elemwise_sub", "elemwise_mul", "add_n"])
+def test_elementwise_operators_refuse_what_mxnet_refuses(op: str) -> None:
+    graph = S.create(op, var("lhs"), var("rhs"), name="op")
+    with pytest.raises(load_mxnet().base.MXNetError):
+        load_symbol(graph).infer_shape(lhs=(2, 3), rhs=(3,))
+    with pytest.raises(ValueError, match="contradict"):
+        graph.infer_shape(lhs=(2, 3), rhs=(3,))
 
 
 def test_every_operator_is_tried() -> None:

@@ -142,6 +142,15 @@ def test_arithmetic():
     column = random(2, 1, seed=3)
     assert (run("broadcast_mul", a, column)[0] == a * column).all()
     assert (run("broadcast_div", a, column)[0] == a / column).all()
+    row, one = random(3, seed=4), random(1, seed=5)  # of lower rank: aligned at the last dimension
+    assert (run("broadcast_mul", row, a)[0] == a * row).all()
+    assert (run("broadcast_div", a, one)[0] == a / one).all()
+
+
+@pytest.mark.parametrize("op", ["elemwise_add", "elemwise_sub", "elemwise_mul", "add_n"])
+def test_elementwise_operators_do_not_broadcast(op):
+    with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(3,\): use broadcast_mul"):
+        run(op, random(2, 3), random(3))
 
 
 def test_layout():

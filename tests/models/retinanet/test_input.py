@@ -66,7 +66,8 @@ def test_target_of_the_original_in_a_batch(case):
     names = ("rpn_cls_label", "rpn_reg_target", "rpn_reg_weight", "rpn_fg_count")
     assert {record[name].dtype for name in names} == {torch.float32}
     assert_golden({name: record[name][1].numpy() for name in names}, golden)
-    assert not any(record[name][0].any() for name in names)  # no boxes: all background
+    assert not any(record[name][0].any() for name in names[:3])  # no boxes: all background
+    assert record["rpn_fg_count"][0] == 1
 
 
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW", "data", "no image"])
@@ -86,6 +87,18 @@ def test_orientation_and_layout_of_the_levels(layout, portrait):
     assert record["rpn_reg_weight"].shape == (1, 4, 8)
     assert record["rpn_reg_weight"][0, 0].tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
     assert record["rpn_fg_count"].tolist() == [1]
+
+
+def test_an_image_without_foreground_counts_one():
+    """Source: the original's rpn_fg_count, max(1, count) of each image before the mean over images."""
+    box = torch.full((2, 1, 5), -1.0)
+    box[0, 0] = torch.tensor([16.0, 8.0, 23.0, 15.0, 5.0])
+    record = {"gt_bbox": box, "im_info": torch.tensor([[16.0, 24.0, 1.0]]).repeat(2, 1)}
+    PyramidAnchorTarget2D(small_param()).apply(record)
+    assert (record["rpn_cls_label"] >= 1).sum(1).tolist() == [1, 0]
+    assert record["rpn_fg_count"].tolist() == [1, 1]
+    AverageFgCount("rpn_fg_count").apply(record)
+    assert record["rpn_fg_count"].tolist() == [2, 2]  # what the losses are divided by: 1 + max(1, 0)
 
 
 def test_channels_are_anchor_major_then_dx_dy_dw_dh():
