@@ -52,6 +52,12 @@ LOWERINGS: Mapping[str, Callable[..., Any]] = {
     "_smooth_l1_levels": torch_ops.smooth_l1_levels,
 }
 
+# Operators that take one more argument: a tensor that follows from their attributes, kept on the module's device.
+CONSTANTS: Mapping[str, Callable[..., Tensor]] = {"_contrib_GenAnchor": torch_ops.gen_anchor_base}
+
+
+_CONSTANT = "_constant"
+
 
 def unsupported(node: Node) -> str | None:
     """What a node asks for that torch is not asked to do, or None."""
@@ -94,7 +100,7 @@ def _unfit_name(node: Node, inputs: list[str]) -> str | None:
         return None
     name = node.name
     fits = name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
-    taken = name in ("self", "torch") if name in inputs else hasattr(nn.Module(), name)
+    taken = name in ("self", "torch") if name in inputs else hasattr(nn.Module(), name) or name.startswith(_CONSTANT)
     return None if fits and not taken else f"variable {name!r}: not usable as a name in Python; rename it"
 
 
@@ -123,6 +129,9 @@ def lower(
     if problems:
         raise ValueError("cannot be lowered to torch:\n  " + "\n  ".join(problems))
     root = _parameters(symbol, inputs, input_shapes, seed)
+    constants = _constants(nodes)
+    for name, tensor in constants.values():
+        root.register_buffer(name, tensor)
     graph = fx.Graph()
     by_name = {node.name: node for node in nodes if node.is_variable}
     values: dict[Entry, fx.Node] = {(by_name[name], 0): graph.placeholder(name) for name in inputs}
@@ -132,17 +141,29 @@ def lower(
     for node in nodes:
         if node in segments:
             _emit_segment(graph, root, segments[node], values, training)
+        elif node in constants:
+            _emit(graph, node, values, training, graph.get_attr(constants[node][0]))
         elif node not in inside and (node, 0) not in values:
             _emit(graph, node, values, training)
     graph.output([values[entry] for entry in fused.entries])
     if not training.users:
         graph.erase_node(training)
     module = fx.GraphModule(root, graph, "Symbol")
+    for name, tensor in constants.values():
+        module.register_buffer(name, tensor, persistent=False)  # fx has made it part of the state_dict
     _complete_later(module, symbol, inputs, seed)
     return module
 
 
-def _emit(graph: fx.Graph, node: Node, values: dict[Entry, fx.Node], training: fx.Node) -> None:
+def _constants(nodes: list[Node]) -> dict[Node, tuple[str, Tensor]]:
+    """The name and value of each operator's constant. Variables may not have such names: see `_unfit_name`."""
+    users = [node for node in nodes if node.op in CONSTANTS]
+    return {node: (f"{_CONSTANT}{i}", CONSTANTS[node.op](**node.full_attrs())) for i, node in enumerate(users)}
+
+
+def _emit(
+    graph: fx.Graph, node: Node, values: dict[Entry, fx.Node], training: fx.Node, constant: fx.Node | None = None
+) -> None:
     if node.is_variable:
         values[node, 0] = graph.create_node("get_attr", node.name)
         return
@@ -150,6 +171,8 @@ def _emit(graph: fx.Graph, node: Node, values: dict[Entry, fx.Node], training: f
     arguments = [values[entry] for entry in node.inputs]
     if row.auxiliary:
         arguments.append(training)
+    if constant is not None:
+        arguments.append(constant)
     attrs = node.full_attrs()
     result = graph.call_function(LOWERINGS[node.op], tuple(arguments), attrs)
     visible = row.num_visible(node.full_attrs())
@@ -232,7 +255,9 @@ def _parameter_nodes(symbol: Symbol, inputs: list[str]) -> dict[str, Node]:
 
 
 def _tensors(module: nn.Module, lazy: bool) -> dict[str, Any]:
-    return {name: t for name, t in [*module.named_parameters(), *module.named_buffers()] if is_lazy(t) == lazy}
+    """Parameters and auxiliary states."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: t for name, t in named if is_lazy(t) == lazy and not name.startswith(_CONSTANT)}
 
 
 def _complete_later(module: fx.GraphModule, symbol: Symbol, inputs: list[str], seed: int) -> None:

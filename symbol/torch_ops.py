@@ -253,13 +253,14 @@ def foreground_mean(loss: Tensor, label: Tensor) -> Tensor:
     return loss / (_foreground_count(label) + 1)
 
 
-def gen_anchor(
-    cls_prob: Tensor, *, scales: tuple[float, ...], ratios: tuple[float, ...], feature_stride: int
-) -> Tensor:
-    """(H*W*A, 4) boxes xyxy, A fastest, from a map (N, A*C, H, W)."""
-    base = base_anchors(feature_stride, scales, ratios)
-    anchors = grid_anchors(cls_prob.shape[2], cls_prob.shape[3], feature_stride, base)
-    return anchors.to(device=cls_prob.device, dtype=torch.float32)
+def gen_anchor(cls_prob: Tensor, base: Tensor, *, feature_stride: int, **_: Any) -> Tensor:
+    """(H*W*A, 4) boxes xyxy, A fastest, from a map (N, A*C, H, W) and the base anchors (A, 4) on its device."""
+    return grid_anchors(cls_prob.shape[2], cls_prob.shape[3], feature_stride, base, cls_prob.device)
+
+
+def gen_anchor_base(*, scales: tuple[float, ...], ratios: tuple[float, ...], feature_stride: int) -> Tensor:
+    """Base anchors (A, 4) float64: a constant of the module, so that no batch copies them to the device."""
+    return torch.from_numpy(base_anchors(feature_stride, scales, ratios))
 
 
 def gen_proposal_retina(

@@ -34,6 +34,7 @@ class Norm2DImage:
 
     def __init__(self, pNorm: NormParam) -> None:
         self.p = pNorm
+        self._scale: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std (3,) by device, made on first use
 
     def apply(self, record: Record) -> None:
         image = record["image"]
@@ -46,9 +47,10 @@ class Norm2DImage:
 
     def _normalize(self, image: Tensor, im_info: Tensor | None) -> Tensor:
         last = _is_channel_last(image)
-        channel = (3,) if last else (3, 1, 1)
-        mean = torch.tensor(self.p.mean, dtype=torch.float32, device=image.device).reshape(channel)
-        std = torch.tensor(self.p.std, dtype=torch.float32, device=image.device).reshape(channel)
+        if image.device not in self._scale:  # to copy them at every step would make the host wait for the device
+            mean, std = (torch.tensor(value, dtype=torch.float32) for value in (self.p.mean, self.p.std))
+            self._scale[image.device] = mean.to(image.device), std.to(image.device)
+        mean, std = (value.reshape((3,) if last else (3, 1, 1)) for value in self._scale[image.device])
         image = image.float().sub(mean).div_(std)
         if im_info is not None:
             padding = _padding(image.shape[1:3] if last else image.shape[2:4], im_info)

@@ -357,6 +357,15 @@ def test_anchors_run_over_cells_then_over_shapes():
     assert out.tolist() == np.array(expected).tolist()
 
 
+def test_base_anchors_are_constants_of_the_module():
+    """On its device, so that a batch copies nothing to it; and no part of what a checkpoint holds."""
+    graph = S._contrib_GenAnchor(var("data"), scales=(1.0, 2.0), ratios=(1.0,), feature_stride=8)
+    module = lower(graph)
+    assert module.state_dict() == {}
+    assert [(name, tuple(base.shape)) for name, base in module.named_buffers()] == [("_constant0", (2, 4))]
+    assert module.to("meta")(data=torch.zeros(1, 2, 2, 3, device="meta"))[0].device.type == "meta"
+
+
 def test_a_candidate_has_its_score_in_the_column_of_its_class():
     # one anchor a cell, two classes, two cells; zero deltas give the anchors back
     anchors = torch.tensor([[0.0, 0, 7, 7], [8, 0, 15, 7]])
