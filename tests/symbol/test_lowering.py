@@ -198,8 +198,8 @@ def test_compiled_and_exported_modules_agree(make, inputs, known):
         for one, other in zip(expected, others, strict=True):
             torch.testing.assert_close(one, other)
         assert state.state_dict().keys() == plain.state_dict().keys()
-        for name, buffer in plain.named_buffers():
-            torch.testing.assert_close(state.state_dict()[name], buffer)
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(state.state_dict()[name], value)
     if training:
         sum(expected).backward()
         sum(outputs).backward()
