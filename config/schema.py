@@ -27,6 +27,8 @@ class General(Section):
     batch_image: int = 8  # images per device and step
     fp16: bool = True  # half precision: in float16, with a loss scale that adapts
     bf16: bool = False  # in bfloat16 instead
+    tf32: bool | None = None  # float32 convolutions on a GPU in TF32; None: in runs that compute in a half type
+    deterministic: bool = False  # on a GPU: equal steps give equal bits, at some cost in speed
     seed: int = 0
     keep_checkpoints: int = 0  # epochs whose weights stay, the last ones; 0: all
     checkpoint_minutes: float = 0.0  # also a checkpoint every so many minutes; 0: when an epoch or the run ends

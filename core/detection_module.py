@@ -166,7 +166,7 @@ def _run_steps(trainer: AnyTrainer, loader: TrainLoader, step: int, log: TrainLo
             world.doing(f"waiting for the others after step {step}")
             stopping, end_of_epoch = world.any(stop.requested), step % loader.iter_per_epoch == 0
             saving = end_of_epoch or stopping or _is_due(config, saved_at, world)
-            if saving or step % config.General.log_frequency == 0 or (trainer.scale and trainer.scale.is_lost):
+            if saving or step % config.General.log_frequency == 0:
                 for line in world.told() if world.is_first else ():
                     log.info(line)
                 _log_steps(log, trainer, pending)  # waits for the device, and refuses what is not finite
@@ -227,9 +227,11 @@ def _log_steps(log: TrainLog | NoLog, trainer: AnyTrainer, pending: list[StepRec
     """Read the numbers of the pending steps from the device, refuse those that are not finite, and log their means."""
     names = [name.removesuffix("_output") for name in trainer.config.ModelParam.train_symbol.list_outputs()]
     values = torch.stack([record.values for record in pending]).double().cpu()  # (steps, L + 1)
-    lost = trainer.scale is None or trainer.scale.is_lost
-    counted = torch.tensor([lost or not record.skipped for record in pending])
-    values = values[counted]  # of a skipped step nothing came
+    scale = trainer.scale.read() if trainer.scale is not None else None
+    counted = torch.ones(len(pending), dtype=torch.bool)
+    if scale is not None and not scale.is_lost:  # skipped steps do not count
+        counted = ~torch.stack([record.skipped for record in pending if record.skipped is not None]).cpu()
+    values = values[counted]
     _require_finite(trainer, [r for r, kept in zip(pending, counted, strict=True) if kept], [*names, NORM], values)
     scores = {}
     for metric, _ in trainer.metrics:
@@ -244,8 +246,8 @@ def _log_steps(log: TrainLog | NoLog, trainer: AnyTrainer, pending: list[StepRec
     trainer.world.mean_([*numbers.values(), num_image, known], of_cpu=True)
     means = {name: value.item() for name, value in numbers.items()}
     means |= {name: (total / share).item() for name, (total, share) in zip(scores, known, strict=True)}
-    if trainer.scale is not None:
-        means |= {"loss_scale": trainer.scale.value, "skipped": trainer.scale.skipped}
+    if scale is not None:
+        means |= {"loss_scale": scale.value, "skipped": scale.skipped}
     memory = {"memory_mib": peak_memory(trainer.device) / MIB}
     log.steps(
         pending[-1].step + 1, round(num_image.item() * trainer.world.size), {"lr": pending[-1].lr} | means | memory
@@ -272,8 +274,9 @@ def _not_finite(trainer: AnyTrainer, record: StepRecord, values: dict[str, float
     newest = latest(experiment_folder(trainer.config))
     kept = f"the newest checkpoint is {newest.weights}" if newest else "there is no checkpoint yet"
     where = f" on rank {trainer.world.rank}" if trainer.world.size > 1 else ""
-    scale, half = trainer.scale, ""
-    if scale is not None:
+    half = ""
+    if trainer.scale is not None:
+        scale = trainer.scale.read()
         where += f", one of {scale.skipped_in_a_row} in a row" if record.skipped else ""
         where += f" (float16, loss scale {scale.value:g})"
         half = ", or bfloat16 (General.bf16)"
@@ -344,7 +347,7 @@ def _evaluate(trainer: AnyTrainer, step: int, iter_per_epoch: int, log: TrainLog
         return
     if tested.evaluation is None:
         log.event("tested", step=step, epoch=epoch)
-        log.info(f"wrote {tested.result}; the image set has no annotations to evaluate against")
+        log.info(f"wrote {tested.result}; {tested.not_evaluated}")
         return
     stats = dict(zip(STAT_NAMES, tested.evaluation.stats, strict=True))
     log.event("eval", step=step, epoch=epoch, **stats)

@@ -5,6 +5,7 @@ pycocotools does the counting; the numbers are its own to the last digit. M dete
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -12,13 +13,15 @@ from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from core.atomic_file import atomic_file
+
+if TYPE_CHECKING:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
 
 STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -78,6 +81,11 @@ def write_result(path: str | Path, detections: Iterable[dict[str, Any]]) -> None
         handle.write(b"\n]\n")
 
 
+def can_evaluate() -> bool:
+    """Whether pycocotools is installed. Training and testing import it only to compute AP."""
+    return importlib.util.find_spec("pycocotools") is not None
+
+
 def evaluate(annotation_path: str | Path, result: str | Path | Sequence[dict[str, Any]]) -> Evaluation:
     """Score a result file, or its entries, against annotations.
 
@@ -89,6 +97,9 @@ def evaluate(annotation_path: str | Path, result: str | Path | Sequence[dict[str
         FileNotFoundError, ValueError: a file is missing or not of COCO's format; the annotations have no
             boxes; the result is of other images.
     """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     truth = _read_truth(Path(annotation_path))
     detections = _read_result(result) if isinstance(result, str | Path) else [dict(entry) for entry in result]
     _check_result(detections, truth)

@@ -23,14 +23,14 @@ from core.checkpoint import find_weights, require_fit
 from core.coco_index import CocoIndex
 from core.device import place, select_device, to_device
 from core.draw import draw_detections
-from core.evaluation import Evaluation, detections_to_coco, evaluate, write_result
+from core.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result
 from core.experiment import experiment_folder
 from core.first_weights import load_given_weights, shapes_of
 from core.image import read_image
 from core.image_set import ImageSet
 from core.loader import TestLoader, make_test_loader
 from core.out_of_memory import explained_memory
-from core.precision import precision
+from core.precision import configure_arithmetic, precision
 from core.simpledet_weights import as_ours
 from core.world import ALONE, World
 from operator_cxx.nms import nms, soft_nms
@@ -59,8 +59,15 @@ class TestResult:
 
     index: CocoIndex  # of the images that were tested
     result: Path  # COCO's result format
-    evaluation: Evaluation | None  # None: the image set has no annotations
+    evaluation: Evaluation | None  # None: no annotations, or nothing is installed to evaluate with
     detections: list[Detections]
+
+    @property
+    def not_evaluated(self) -> str:
+        """The reason why `evaluation` is None, for the log."""
+        if self.index.has_annotation and not can_evaluate():
+            return f"{self.index.image_set.name} is not evaluated: pip install pycocotools, and test again"
+        return f"{self.index.image_set.name} has no annotations: nothing to evaluate"
 
 
 def build_test_module(
@@ -70,6 +77,7 @@ def build_test_module(
     computed_in, _ = precision(config.General, device)
     module = S.lower(in_precision(config.ModelParam.test_symbol, computed_in))
     require_fit(shapes_of(module), weights, source)
+    configure_arithmetic(config.General, computed_in, device)
     module.load_state_dict(weights)
     return place(module, device).eval()
 
@@ -134,7 +142,7 @@ def test_image_set(
     path = folder / result_name(index, str(config.General.name))
     write_result(path, coco_entries(detections, index.category_ids))
     annotation = config.TestParam.coco.annotation or index.image_set.annotation
-    evaluated = config.TestParam.coco.annotation is not None or index.has_annotation
+    evaluated = can_evaluate() and (config.TestParam.coco.annotation is not None or index.has_annotation)
     return TestResult(index, path, evaluate(annotation, path) if evaluated else None, detections)
 
 
@@ -232,7 +240,7 @@ def test(
             continue
         print(f"wrote {tested.result}")
         if tested.evaluation is None:
-            print(f"{tested.index.image_set.name} has no annotations: nothing to evaluate")
+            print(tested.not_evaluated)
         else:
             print(tested.evaluation.table)
         for picture in draw_results(tested, folder, num_draw):

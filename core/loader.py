@@ -57,12 +57,14 @@ class TrainLoader:
         start: Position = Position(),  # noqa: B008 (it is immutable)
         end_step: int | None = None,
         bad_image_limit: int | None = None,
+        pin_memory: bool = False,
     ) -> None:
         assert 0 <= rank < size
         self.dataset = dataset
         self.step_image = batch_image * accumulate * size  # of all processes
         self.accumulate = accumulate
         self.num_worker = num_worker
+        self.pin_memory = pin_memory
         self.rank = rank
         self.size = size
         self.start = start
@@ -72,7 +74,7 @@ class TrainLoader:
         self.iter_per_epoch = len(self._batches(Position()))
 
     def __iter__(self) -> Generator[Batch]:
-        return _read(BatchReader(self.dataset, self._skip), self._parts(), self.num_worker)
+        return _read(BatchReader(self.dataset, self._skip), self._parts(), self.num_worker, self.pin_memory)
 
     @property
     def start_step(self) -> int:
@@ -131,9 +133,11 @@ class TestLoader:
         num_worker: int,
         rank: int = 0,
         size: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
         self.num_worker = num_worker
+        self.pin_memory = pin_memory
         self.rank = rank
         self.size = size
         self._batches = ordered_batches(len(dataset), batch_image, None if square else dataset.portrait)
@@ -145,7 +149,7 @@ class TestLoader:
 
     def __iter__(self) -> Generator[Batch]:
         parts = [part_of(0, samples, rank=0, size=1) for samples in self._batches[self.rank :: self.size]]
-        return _read(BatchReader(self.dataset), parts, self.num_worker)
+        return _read(BatchReader(self.dataset), parts, self.num_worker, self.pin_memory)
 
     def sample_at(self, place: int) -> int:
         """The sample at a place of the order of one process."""
@@ -176,6 +180,7 @@ def make_train_loader(config: Config, rank: int = 0, size: int = 1, num_device: 
         rank=rank,
         size=size,
         bad_image_limit=data.bad_image_limit if data.bad_image == "skip" else None,
+        pin_memory=_pins_memory(config),
     )
 
 
@@ -193,10 +198,16 @@ def make_test_loader(config: Config, image_set: str | ImageSet, rank: int = 0, s
         num_worker=config.General.loader_worker,
         rank=rank,
         size=size,
+        pin_memory=_pins_memory(config),
     )
 
 
-def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Generator[Batch]:
+def _pins_memory(config: Config) -> bool:
+    """Whether batches go to a GPU. On a CPU run pinning would start a CUDA context for nothing."""
+    return bool(config.KvstoreParam.gpus) and torch.cuda.is_available()
+
+
+def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int, pin_memory: bool) -> Generator[Batch]:
     """Raises ValueError, naming the image file, for the first sample that could not be prepared, and where more image
     files were skipped than may be."""
     loader = DataLoader(
@@ -206,7 +217,7 @@ def _read(reader: BatchReader, parts: Iterable[Part], num_worker: int) -> Genera
         collate_fn=_as_it_is,
         num_workers=min(num_worker, usable_cpus()),  # torch warns of more than there are cores
         worker_init_fn=partial(_init_worker, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # of its own: the workers' unused seeds shall not come from the model's
     )
     told: dict[str, str] = {}  # a bad file comes again with the next epoch, and with its mirrored sample

@@ -77,8 +77,12 @@ class SGD:
             self._groups.setdefault((lr_mult[name], wd_mult[name]), []).append(name)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Update every parameter once from its `.grad`, which is left as it is."""
+    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
+        """Update every parameter once from its `.grad`, which is left as it is.
+
+        found_inf: a bool () on the parameters' device; where it is True, parameters and momentum keep their values.
+        The host does not read it.
+        """
         for (lr_mult, wd_mult), names in self._groups.items():
             weights = [self._parameters[name] for name in names]
             buffers = [self._momentum_buffers[name] for name in names]
@@ -87,9 +91,15 @@ class SGD:
                 gradients = list(torch._foreach_clamp_max(gradients, self.clip_gradient))
                 torch._foreach_clamp_min_(gradients, -self.clip_gradient)
             decayed = torch._foreach_add(gradients, weights, alpha=self.wd * wd_mult)
-            torch._foreach_mul_(buffers, self.momentum)
-            torch._foreach_add_(buffers, decayed, alpha=-lr * lr_mult)
-            torch._foreach_add_(weights, buffers)
+            if found_inf is None:
+                torch._foreach_mul_(buffers, self.momentum)
+                torch._foreach_add_(buffers, decayed, alpha=-lr * lr_mult)
+                torch._foreach_add_(weights, buffers)
+                continue
+            torch._foreach_mul_(buffers, torch.where(found_inf, 1.0, self.momentum))
+            update = [d.masked_fill_(found_inf, 0.0) for d in decayed]
+            torch._foreach_add_(buffers, update, alpha=-lr * lr_mult)
+            torch._foreach_add_(weights, torch._foreach_mul(buffers, torch.where(found_inf, 0.0, 1.0)))
 
     def zero_grad(self) -> None:
         """Forget the gradients."""

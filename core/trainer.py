@@ -16,7 +16,7 @@ from core.first_weights import load_first_weights
 from core.gradients import GradientAverage
 from core.loader import Batch
 from core.optimizer import SGD, multipliers
-from core.precision import LOSS_SCALE, LossScale, Precision, precision
+from core.precision import LOSS_SCALE, LossScale, Precision, configure_arithmetic, precision
 from core.schedule import LrSchedule, build_schedule
 from core.step_memory import plan_recompute
 from core.world import ALONE, World
@@ -35,7 +35,7 @@ class StepRecord:
     lr: float
     files: list[str]
     values: Tensor  # (L + 1,) the losses and the gradient norm
-    skipped: bool = False  # without an update: a gradient overflowed under the loss scale
+    skipped: Tensor | None = None  # bool (): no update, since a gradient overflowed under the loss scale
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Trainer:
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
         """One update from OptimizeParam.accumulate batches: as many processes with one batch each would make the same.
 
-        What it computes stays on the device, and the losses are not waited for; with a loss scale one flag is. A step
-        whose gradients are not finite under the scale leaves the weights and the statistics as they were.
+        All results stay on the device and the host does not wait for it. A step whose gradients are not finite under
+        the loss scale leaves weights, momentum and statistics as they were.
         """
         transform_batches(self.config, batches)
         lr = self.schedule.lr_at(step)
@@ -77,21 +77,22 @@ class Trainer:
         if self.average is not None:
             self.average.finish()
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        factor = len(batches) * (self.scale.value if self.scale is not None else 1)
-        if factor != 1:
-            torch._foreach_mul_(gradients, 1 / factor)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        skipped = self.scale is not None and not bool(norm.isfinite())
         if self.scale is not None:
-            self.scale.update(not skipped)
-        if skipped:
-            statistics.begin_again()
-        else:
-            self.optimizer.step(lr)
-            statistics.finish(self.world if self.config.NormalizeParam.type == "localbn" else ALONE)
+            torch._foreach_mul_(gradients, 1 / (len(batches) * self.scale.value))
+        elif len(batches) > 1:
+            torch._foreach_mul_(gradients, 1 / len(batches))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        found_inf = None
+        if self.scale is not None:
+            found_inf = ~norm.isfinite()
+            self.scale.update(found_inf)
+        self.optimizer.step(lr, found_inf)
+        statistics.finish(self.world if self.config.NormalizeParam.type == "localbn" else ALONE)
+        if found_inf is not None:
+            statistics.restore_where(found_inf)
         mean = torch.stack(losses).mean(dim=0)  # (L,)
         files = [path for batch in batches for path in batch["files"]]
-        return StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), skipped)
+        return StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), found_inf)
 
     def describe(self) -> list[str]:
         """How it computes, as lines for the log."""
@@ -135,6 +136,12 @@ class _MovingStatistics:
         else:
             self._sum = _copies(self._now)
 
+    def restore_where(self, found_inf: Tensor) -> None:
+        """Restore those of the step's start where the bool () found_inf is True, without reading it on the host."""
+        now, begun = (torch.cat([value.reshape(-1) for value in values]) for values in (self._now, self._begun))
+        kept = torch.where(found_inf, begun, now).split([value.numel() for value in self._now])
+        torch._foreach_copy_(self._now, [one.view_as(value) for one, value in zip(kept, self._now, strict=True)])
+
     def finish(self, world: World) -> None:
         """The means over the batches, and over the processes of `world`."""
         if self._sum:
@@ -174,6 +181,7 @@ def build_trainer(
     plan = plan_recompute(computed, config.ModelParam, config.General.batch_image, resize.short, resize.long)
     module = S.lower(computed, seed=config.General.seed, recompute=plan.segments if plan else ())
     notes = load_first_weights(module, config, start)
+    configure_arithmetic(config.General, computed_in, device)
     place(module, device).train()
     fixed = () if config.ModelParam.from_scratch else tuple(config.ModelParam.pretrain.fixed_param)
     for name, parameter in module.named_parameters():
@@ -186,7 +194,7 @@ def build_trainer(
         wd=optimizer_param.wd,
         clip_gradient=optimizer_param.clip_gradient,
     )
-    scale = LossScale() if computed_in == "float16" else None
+    scale = LossScale(device) if computed_in == "float16" else None
     if start is not None:
         _load_state(read_tensors(start.state), optimizer, scale)
     metrics, position = [], len(graph)

@@ -2,8 +2,8 @@
 
     python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py --steps 10
 
-Nothing is read from disk or written. The step is that of a run; the parts, timed apart, each end with the device's work
-done, so they may sum to more.
+Nothing is read from disk or written. Steps are those of a run, one after the other without waiting for the device; the
+parts, timed apart, each end with the device's work done, so they may sum to more.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ def random_batch(config: Config, device: torch.device) -> dict[str, Any]:
     return {"image": image.to(device), "gt_bbox": gt_bbox.to(device), "im_info": im_info.to(device), "files": []}
 
 
-def time_step(trainer: Trainer) -> dict[str, float]:
-    """Seconds of each part of one step, and of another step as a whole."""
+def time_parts(trainer: Trainer) -> dict[str, float]:
+    """Seconds of each part of one step, each with the device's work done."""
     config = trainer.config
-    batch, other = random_batch(config, trainer.device), random_batch(config, trainer.device)
+    batch = random_batch(config, trainer.device)
     parts, clock = {}, time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal clock
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize(trainer.device)
+        wait(trainer.device)
         parts[name] = time.perf_counter() - clock
         clock = time.perf_counter()
 
@@ -63,9 +62,25 @@ def time_step(trainer: Trainer) -> dict[str, float]:
     lap("backward")
     trainer.optimizer.step(1e-9)
     lap("update")
-    trainer.step([other], 0)
-    lap("step")
     return parts
+
+
+def time_steps(trainer: Trainer, steps: int) -> tuple[float, float]:
+    """Seconds per step, back to back as in a run, and of them the seconds that the host was busy."""
+    batches = [random_batch(trainer.config, trainer.device) for _ in range(steps)]
+    wait(trainer.device)
+    start = time.perf_counter()
+    for number, batch in enumerate(batches):
+        trainer.step([batch], number)
+    host = time.perf_counter()
+    wait(trainer.device)
+    return (time.perf_counter() - start) / steps, (host - start) / steps
+
+
+def wait(device: torch.device) -> None:
+    """For the work that the device has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def main() -> None:
@@ -78,13 +93,16 @@ def main() -> None:
     config = load_config(arguments.config, is_train=True, overrides=overrides)
     device = select_device(config.KvstoreParam.gpus)
     trainer, notes = build_trainer(config, device, iter_per_epoch=1000, start=None)
-    times = [time_step(trainer) for _ in range(arguments.steps + 2)][2:]
+    time_steps(trainer, 2)
+    step, host = time_steps(trainer, arguments.steps)
+    times = [time_parts(trainer) for _ in range(arguments.steps)]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{config.General.name} on {name}, torch {torch.__version__}, {config.General.batch_image} images a step")
+    print(f"{config.General.name} on {name}, torch {torch.__version__}, {config.General.batch_image} images per step")
     print(f"  {'; '.join([*notes, *trainer.describe()])}")
     for part in times[0]:
         print(f"  {part:<30} {1000 * statistics.median(row[part] for row in times):9.1f} ms")
-    step = statistics.median(row["step"] for row in times)
+    print(f"  {'step, back to back':<30} {1000 * step:9.1f} ms")
+    print(f"  {'of it the host':<30} {1000 * host:9.1f} ms")
     print(f"  {config.General.batch_image / step:.2f} img/s")
     print(f"  {'peak memory':<30} {peak_memory(device) / 2**20:9.0f} MiB")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,3 +235,12 @@ def test_result_files_of_another_format_are_refused(tmp_path: Path) -> None:
         evaluate(path, [{"image_id": 1}])
     with pytest.raises(FileNotFoundError, match=r"no file .*nothing\.json"):
         evaluate(path, tmp_path / "nothing.json")
+
+
+def test_training_and_testing_do_without_pycocotools() -> None:
+    """Only computing AP imports it."""
+    script = (
+        "import sys; sys.modules['pycocotools'] = None\n"
+        "import core.detection_module, core.inference, core.evaluation, detection_train, detection_test\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])

@@ -235,6 +235,18 @@ def test_an_image_set_without_annotations(
     assert "coco_test-dev2017 has no annotations: nothing to evaluate" in capsys.readouterr().out
 
 
+def test_without_an_evaluator_the_result_is_written(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.inference.can_evaluate", lambda: False)
+    config = load(data_root, tmp_path)
+    save_untrained(config)
+    (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=0)
+    assert tested.evaluation is None
+    assert json.loads(tested.result.read_text())
+    assert "demo_val is not evaluated: pip install pycocotools" in capsys.readouterr().out
+
+
 def test_a_chosen_epoch_and_a_chosen_file(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = load(data_root, tmp_path)
     first, second = save_untrained(config, epoch=1), save_untrained(config, epoch=2)

@@ -7,19 +7,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from config.schema import ResizeParam
+from config.schema import Config, ResizeParam
 from core import loader
 from core.coco_index import open_index
 from core.dataset import DetectionDataset
 from core.detection_input import Flip2DImageBbox, Pad2DImageBbox, ReadRoiRecord
 from core.image_set import ImageSet
-from core.loader import TrainLoader
+from core.loader import TrainLoader, _pins_memory, _read
 from core.sample_order import Position, epoch_batches, ordered_batches, spare_samples
 from models.NASFPN.input import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox
 
@@ -256,6 +256,7 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
         DatasetParam=SimpleNamespace(
             image_set=image_sets, data_root="data", flip=True, bad_image="stop", bad_image_limit=100
         ),
+        KvstoreParam=SimpleNamespace(gpus=()),
         OptimizeParam=SimpleNamespace(accumulate=1),
         TestParam=SimpleNamespace(batch_image=2),
         ResizeParam=resize,
@@ -479,7 +480,7 @@ class Reader:
         print(os.getpid(), flush=True)
         {read}
 try:
-    list(_read(Reader(), [0], 1))
+    list(_read(Reader(), [0], 1, False))
 except RuntimeError as error:
     held = error
 """
@@ -489,6 +490,17 @@ def start_reading(read: str) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     script = READ_BY_A_WORKER.format(read=read)
     return subprocess.Popen([sys.executable, "-c", script], env=environment, text=True, stdout=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("gpus, pinned", [((), False), ((0,), True)])
+def test_memory_is_pinned_for_gpus_alone(monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], pinned: bool) -> None:
+    """A run with --gpus cpu on a machine with a GPU starts no CUDA context."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _pins_memory(cast(Config, SimpleNamespace(KvstoreParam=SimpleNamespace(gpus=gpus)))) is pinned
+    seen = {}
+    monkeypatch.setattr("core.loader.DataLoader", lambda *_, **given: seen.update(given) or [])
+    assert list(_read(cast(Any, None), [], 0, pinned)) == []
+    assert seen["pin_memory"] is pinned
 
 
 def test_a_process_ends_though_a_traceback_keeps_its_workers() -> None:

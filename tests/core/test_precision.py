@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from config.schema import Config, General
 from core import precision
 from core.checkpoint import latest
 from core.loader import Batch, make_train_loader
-from core.precision import MOST_SKIPPED, LossScale, cpu_has_bfloat16
+from core.precision import MOST_SKIPPED, LossScale, LossScaleState, Precision, cpu_has_bfloat16
 from core.trainer import Trainer, build_trainer
 from tests.core.conftest import Run
 from tests.small_run import records, stop_at
@@ -62,38 +64,87 @@ def test_a_cpu_computes_in_bfloat16_where_its_processor_does(
 def test_a_gpu_computes_in_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    assert precision.precision(General(fp16=True), gpu)[0] == "float16"
-    assert precision.precision(General(fp16=True, bf16=True), gpu)[0] == "bfloat16"
+    assert precision.precision(General(fp16=True, tf32=False), gpu) == (
+        "float16",
+        "computing in float16, float32 convolutions in IEEE float32",
+    )
+    assert precision.precision(General(fp16=True, bf16=True), gpu) == (
+        "bfloat16",
+        "computing in bfloat16, float32 convolutions in TF32",
+    )
+    assert precision.precision(General(fp16=False), gpu)[1] == "computing in float32, convolutions in IEEE float32"
+    assert precision.precision(General(fp16=False, tf32=True), gpu)[1] == "computing in float32, convolutions in TF32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old GPU")
     assert precision.precision(General(bf16=True), gpu) == (
         "float16",
-        "General.bf16 is set; an old GPU has no bfloat16: computing in float16",
+        "General.bf16 is set; an old GPU has no bfloat16: computing in float16, float32 convolutions in TF32",
     )
 
 
+@pytest.fixture
+def switches() -> Iterator[None]:
+    """Torch's process-wide switches, restored after the test."""
+    conv, matmul, cudnn = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn
+    before = conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic
+    yield
+    conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    "general, computed_in, float32",
+    [
+        (General(fp16=False), "float32", "ieee"),  # where parity is asked for
+        (General(fp16=False, tf32=True), "float32", "tf32"),
+        (General(), "float16", "tf32"),
+        (General(tf32=False, deterministic=True), "float16", "ieee"),
+    ],
+)
+def test_arithmetic_on_a_gpu(switches: None, general: General, computed_in: Precision, float32: str) -> None:
+    precision.configure_arithmetic(general, computed_in, CPU)
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # torch's own default: nothing was touched
+    precision.configure_arithmetic(general, computed_in, torch.device("cuda", 0))
+    assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == float32
+    assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == general.deterministic
+
+
 def test_the_loss_scale_halves_at_overflow_and_doubles_after_a_while() -> None:
-    scale = LossScale()
+    overflow, fine = torch.tensor(True), torch.tensor(False)
+    scale = LossScale(CPU)
     for _ in range(3):
-        scale.update(finite=False)
-    assert (scale.value, scale.skipped, scale.skipped_in_a_row) == (2.0**13, 3, 3)
+        scale.update(overflow)
+    assert scale.read() == LossScaleState(2.0**13, skipped=3, skipped_in_a_row=3, growth_tracker=0)
     for _ in range(1999):
-        scale.update(finite=True)
-    assert (scale.value, scale.skipped_in_a_row) == (2.0**13, 0)
-    resumed = LossScale()
+        scale.update(fine)
+    assert scale.read() == LossScaleState(2.0**13, skipped=3, skipped_in_a_row=0, growth_tracker=1999)
+    resumed = LossScale(CPU)
     resumed.load_state_dict(scale.state_dict())
-    resumed.update(finite=True)
-    assert (resumed.value, resumed.skipped) == (2.0**14, 3)
+    resumed.update(fine)
+    assert resumed.read() == LossScaleState(2.0**14, skipped=3, skipped_in_a_row=0, growth_tracker=0)
     for step in range(MOST_SKIPPED):
-        assert not resumed.is_lost, step
-        resumed.update(finite=False)
-    assert resumed.is_lost
+        assert not resumed.read().is_lost, step
+        resumed.update(overflow)
+    assert resumed.read().is_lost
+
+
+@pytest.mark.parametrize("scale, grown", [(2.0**23, 2.0**24), (2.0**24, 2.0**24), (2.0**30, 2.0**30)])
+def test_the_loss_scale_grows_up_to_a_bound(scale: float, grown: float) -> None:
+    loss_scale = scaled(scale, growth_tracker=1999)
+    loss_scale.update(torch.tensor(False))
+    assert loss_scale.read().value == grown
+
+
+def scaled(value: float, growth_tracker: int = 0) -> LossScale:
+    scale = LossScale(CPU)
+    scale.load_state_dict({"loss_scale": torch.tensor([value, 0, 0, growth_tracker], dtype=torch.float64)})
+    return scale
 
 
 @pytest.mark.parametrize("row", [[0.0, 0, 0, 0], [float("nan"), 0, 0, 0], [1.0, -1, 0, 0], [1.0, 0], [1.0] * 5])
 def test_a_damaged_loss_scale_is_refused(row: list[float]) -> None:
     with pytest.raises(ValueError, match="checkpoint is damaged: loss_scale"):
-        LossScale().load_state_dict({"loss_scale": torch.tensor(row)})
+        LossScale(CPU).load_state_dict({"loss_scale": torch.tensor(row)})
 
 
 class _Types(TorchDispatchMode):
@@ -125,7 +176,7 @@ def test_losses_statistics_last_convolutions_and_weights_are_float32(load: Run, 
     assert seen.conv.count((half, half)) > 20
     assert set(seen.norm) == {(half, single, single)}
     assert record.values.dtype == single
-    assert not record.skipped
+    assert record.skipped is None if dtype == "bfloat16" else not record.skipped
     state = [*trainer.module.state_dict().values(), *trainer.optimizer.state_dict().values()]
     assert {tensor.dtype for tensor in state} == {single}
     assert {p.grad.dtype for p in trainer.module.parameters() if p.grad is not None} == {single}
@@ -149,22 +200,53 @@ def test_half_precision_follows_float32(load: Run, computed_in: Any, dtype: str,
 def test_a_step_that_overflows_changes_nothing_but_the_scale(load: Run, computed_in: Any) -> None:
     computed_in("float16")
     trainer, batches = make_trainer(load("General.fp16=True"))
-    assert trainer.scale is not None
     trainer.step(batches[:1], 0)
     before = {name: value.clone() for name, value in trainer.module.state_dict().items()}
     momentum = {name: value.clone() for name, value in trainer.optimizer.state_dict().items()}
-    trainer.scale.value = 2.0**40
+    trainer = replace(trainer, scale=scaled(2.0**40))
     record = trainer.step([dict(batches[1])], 1)
     assert record.skipped
     assert record.values[:-1].isfinite().all()  # the losses are fine
-    assert (trainer.scale.value, trainer.scale.skipped) == (2.0**39, 1)
+    assert trainer.scale is not None
+    assert trainer.scale.read() == LossScaleState(2.0**39, skipped=1, skipped_in_a_row=1, growth_tracker=0)
     assert all(torch.equal(value, before[name]) for name, value in trainer.module.state_dict().items())
     assert all(torch.equal(value, momentum[name]) for name, value in trainer.optimizer.state_dict().items())
-    trainer.scale.value = 2.0**10
+    trainer = replace(trainer, scale=scaled(2.0**10))
     assert not trainer.step(batches[1:2], 1).skipped
     after = trainer.module.state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed >= {"cls_pred_weight", "bn0_moving_mean"}
+
+
+class _HostReads(TorchDispatchMode):
+    """The operators that make the host wait for a value of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        masked = name.startswith("index") and any(i is not None and i.dtype == torch.bool for i in args[1] or ())
+        if masked or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_host_reads_nothing_in_a_step(
+    load: Run, computed_in: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed_in(dtype)
+    for module in ("smooth_l1", "focal_loss"):  # on a CPU these two look whether the factor is 1
+        monkeypatch.setattr(f"operator_cxx.{module}.scaled", lambda grad, factor: [g * factor for g in grad])
+    trainer, batches = make_trainer(load("General.fp16=True", "OptimizeParam.accumulate=2"))
+    with _HostReads() as reads:
+        record = trainer.step(batches[:2], 0)
+    assert reads.seen == []
+    with _HostReads() as reads:
+        assert record.values.isfinite().all()
+    assert reads.seen
 
 
 def test_the_update_does_not_depend_on_the_scale(load: Run, computed_in: Any) -> None:
@@ -172,8 +254,7 @@ def test_the_update_does_not_depend_on_the_scale(load: Run, computed_in: Any) ->
     norms = []
     for scale in (2.0**8, 2.0**14):
         trainer, batches = make_trainer(load("General.fp16=True"))
-        assert trainer.scale is not None
-        trainer.scale.value = scale
+        trainer = replace(trainer, scale=scaled(scale))
         norms.append(trainer.step(batches[:1], 0).values[-1])
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-3, atol=0)
 
@@ -235,7 +316,8 @@ def test_a_loss_that_stays_not_finite_stops_with_step_and_images(
     with pytest.raises(FloatingPointError) as error:
         run("General.fp16=True")
     message = str(error.value)
-    assert "not finite at step 10, one of 5 in a row (float16, loss scale" in message
+    # the host reads the scale with the log lines: that of steps 10 and 11 is the first to find 5 in a row
+    assert "not finite at step 10, one of 6 in a row (float16, loss scale" in message
     assert "cls_loss nan" in message
     assert message.count(".jpg") == 4
     assert "General.bf16" in message
