@@ -78,7 +78,7 @@ unit: ops
 test: lint types unit cuda mxnet-test
 
 fuzz: env
-	NECKLACE_FUZZ=100 $(BIN)/python -m pytest tests/core/test_hostile_files.py tests/core/test_params_file.py \
+	NECKLACE_FUZZ=100 $(BIN)/python -m pytest tests/core/weights/test_hostile_files.py tests/core/weights/test_params_file.py \
 		tests/symbol/test_json_format.py
 
 sanitize: ops

@@ -34,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if parsed.draw < 0:
         raise ValueError(f"--draw: expected 0 or more images, got {parsed.draw}")
     config = load_config(parsed.config, is_train=False, overrides=overrides(parsed))
-    from core.device import select_device, usable
+    from core.distributed.launch import launch
+    from core.distributed.process_group import join, launched_size
+    from core.engine.device import select_device, usable
     from core.inference import test
-    from core.launch import launch
-    from core.world import join, launched_size
 
     epoch = parsed.epoch if parsed.epoch is not None else config.TestParam.model.epoch
     checkpoint = Path(parsed.checkpoint) if parsed.checkpoint else None

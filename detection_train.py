@@ -56,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parsed = parse_arguments(arguments)
     config = load_config(parsed.config, is_train=True, overrides=overrides(parsed))
     if parsed.dry_run:
-        from core.dry_run import describe_run
+        from core.report.dry_run import describe_run
 
         print(format_config(config))
         print(describe_run(config))
         return
     from core.detection_module import check_run, fit
-    from core.launch import launch
-    from core.world import launched_size
+    from core.distributed.launch import launch
+    from core.distributed.process_group import launched_size
 
     if parsed.engine == "torch" and launched_size() is None and config.KvstoreParam.num_device > 1:
         check_run(config, parsed.resume)
@@ -83,7 +83,7 @@ def run(program: Callable[[], None]) -> None:
             raise
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        from core.world import RETRY, LostProcessError
+        from core.distributed.process_group import RETRY, LostProcessError
 
         if not isinstance(error, LostProcessError):
             raise

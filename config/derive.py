@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from config.image_set import PUBLISHED, class_names, resolve
 from config.schema import Config
 from config.section import fill
-from core.image_set import PUBLISHED, class_names, resolve
 from symbol.layers import normalizer_factory
 
 

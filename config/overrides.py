@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any, get_origin
 
 from config.field_type import convert
+from config.image_set import ImageSet
 from config.schema import Config
 from config.section import Section, assign, field_types, leaves
-from core.image_set import ImageSet
 from symbol.attributes import nearest
 
 _GPUS = "KvstoreParam.gpus"

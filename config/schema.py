@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from config.image_set import ImageSet
 from config.section import Section, derived, required
-from core.image_set import ImageSet
 from symbol import Symbol
 
 

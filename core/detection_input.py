@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
-from core.image import read_image
+from core.data.image import read_image
 
 if TYPE_CHECKING:
     from config.schema import PadParam, ResizeParam

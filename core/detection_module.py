@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, get_args
 import torch
 from torch import Tensor
 
-from core.checkpoint import Checkpoint, Progress, epoch_stem, latest, prune, save_checkpoint, step_stem
-from core.coco_index import open_index
-from core.dataset import DetectionDataset
-from core.device import peak_memory, require_gpus, select_device, to_device
-from core.evaluation import STAT_NAMES
-from core.experiment import experiment_folder, find_start, lock_experiment, store_config
-from core.image_set import resolve
+from config.image_set import resolve
+from core.data.coco_index import open_index
+from core.data.dataset import DetectionDataset
+from core.data.loader import TrainLoader, make_train_loader
+from core.data.sample_order import Position
+from core.distributed.process_group import LostProcessError, World, join, launched_size
+from core.engine.device import peak_memory, require_gpus, select_device, to_device
+from core.engine.out_of_memory import explained_memory
+from core.engine.precision import Precision
+from core.engine.trainer import StepRecord, Trainer, build_trainer
 from core.inference import build_test_module, test_image_set
-from core.loader import TrainLoader, make_train_loader
-from core.out_of_memory import explained_memory
-from core.precision import Precision
-from core.sample_order import Position
-from core.stop_request import StopRequest
-from core.train_log import NoLog, TrainLog
-from core.trainer import StepRecord, Trainer, build_trainer
-from core.world import LostProcessError, World, join, launched_size
+from core.report.evaluation import STAT_NAMES
+from core.report.train_log import NoLog, TrainLog
+from core.run.experiment import experiment_folder, find_start, lock_experiment, store_config
+from core.run.stop_request import StopRequest
+from core.weights.checkpoint import Checkpoint, Progress, epoch_stem, latest, prune, save_checkpoint, step_stem
 from operator_cxx import library
 
 if TYPE_CHECKING:
     from config.schema import Config, KvstoreParam
-    from core.mxnet_engine import MxnetTrainer
+    from core.engine_mxnet.trainer import MxnetTrainer
 
     AnyTrainer = Trainer | MxnetTrainer
 
@@ -104,7 +104,7 @@ def _train(config: Config, config_text: str, resume: bool, device: torch.device,
     _check_evaluation(config)
     trainer: AnyTrainer
     if engine == "mxnet":
-        from core import mxnet_engine  # its operators are built for it alone
+        from core.engine_mxnet import trainer as mxnet_engine  # its operators are built for it alone
 
         trainer, built = mxnet_engine.build_trainer(config, loader.iter_per_epoch, start, world)
     else:

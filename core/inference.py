@@ -19,20 +19,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 import symbol as S
-from core.checkpoint import find_weights, require_fit
-from core.coco_index import CocoIndex
-from core.device import place, select_device, to_device
-from core.draw import draw_detections
-from core.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result
-from core.experiment import experiment_folder
-from core.first_weights import load_given_weights, shapes_of
-from core.image import read_image
-from core.image_set import ImageSet
-from core.loader import TestLoader, make_test_loader
-from core.out_of_memory import explained_memory
-from core.precision import configure_arithmetic, precision
-from core.simpledet_weights import as_ours
-from core.world import ALONE, World
+from config.image_set import ImageSet
+from core.data.coco_index import CocoIndex
+from core.data.image import read_image
+from core.data.loader import TestLoader, make_test_loader
+from core.distributed.process_group import ALONE, World
+from core.engine.device import place, select_device, to_device
+from core.engine.out_of_memory import explained_memory
+from core.engine.precision import configure_arithmetic, precision
+from core.report.draw import draw_detections
+from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result
+from core.run.experiment import experiment_folder
+from core.weights.checkpoint import find_weights, require_fit
+from core.weights.first_weights import load_given_weights, shapes_of
+from core.weights.simpledet_weights import as_ours
 from operator_cxx.nms import nms, soft_nms
 from symbol.passes import in_precision
 
@@ -223,7 +223,7 @@ def test(
     weights, lines = as_ours(weights, expected, config.NormalizeParam, path)
     module, notes = build_test_module(config, weights, device, path), [*config.notes, *lines]
     if engine == "mxnet":
-        from core.mxnet_engine import MxnetModule  # its operators are built for it alone
+        from core.engine_mxnet.trainer import MxnetModule  # its operators are built for it alone
 
         module = MxnetModule(config, weights)
         notes.append(module.describe())

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from core.trainer import Trainer
+from core.engine.trainer import Trainer
 
 
 def stop_at(

@@ -2,7 +2,7 @@
 
     make mxnet && .venv-mxnet/bin/python utils/benchmark_engines.py
 
-Config, network, images and step are the same for both; see `core.mxnet_engine` for what is MXNet's.
+Config, network, images and step are the same for both; see `core.engine_mxnet.trainer` for what is MXNet's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config.load import load_config
-from core import mxnet_engine, trainer
+from core.engine import trainer
+from core.engine_mxnet import trainer as mxnet_engine
 from detection_train import run
 from operator_cxx.mxnet_ops import load_mxnet
 from utils.benchmark_step import random_batch

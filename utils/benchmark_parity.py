@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import symbol as S
 from config.load import load_config
-from core.mxnet_graph import RateOfStep, bind_module, gradients_of, load_symbol, loss_values, state_of
-from core.optimizer import SGD, multipliers
-from core.schedule import LrSchedule
+from core.engine.optimizer import SGD, multipliers
+from core.engine.schedule import LrSchedule
+from core.engine_mxnet.graph import RateOfStep, bind_module, gradients_of, load_symbol, loss_values, state_of
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol
 

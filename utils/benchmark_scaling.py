@@ -45,9 +45,9 @@ def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str
     import torch.distributed as dist
 
     from config.load import load_config
-    from core.loader import make_train_loader
-    from core.trainer import build_trainer
-    from core.world import ALONE, World
+    from core.data.loader import make_train_loader
+    from core.distributed.process_group import ALONE, World
+    from core.engine.trainer import build_trainer
 
     torch.set_num_threads(1)
     world = ALONE

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config.load import load_config
 from config.schema import Config
-from core.device import peak_memory, select_device
-from core.trainer import Trainer, build_trainer
+from core.engine.device import peak_memory, select_device
+from core.engine.trainer import Trainer, build_trainer
 from detection_train import run
 
 

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is 
 
 import safetensors.torch
 
-from core.atomic_file import atomic_file
-from core.checkpoint import WEIGHTS_SUFFIX, read_tensors, refuse_state
-from core.first_weights import load_given_weights
-from core.params_file import SUFFIX, write_params
+from core.run.atomic_file import atomic_file
+from core.weights.checkpoint import WEIGHTS_SUFFIX, read_tensors, refuse_state
+from core.weights.first_weights import load_given_weights
+from core.weights.params_file import SUFFIX, write_params
 
 
 def convert(source: Path, target: Path, force: bool = False) -> int:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is used in place
 
-from core.atomic_file import atomic_file
-from core.backbone_names import depth_of
-from core.pretrain import default_prefix, read_backbone
+from core.run.atomic_file import atomic_file
+from core.weights.backbone_names import depth_of
+from core.weights.pretrain import default_prefix, read_backbone
 
 FILE_NAME = "model.safetensors"
 

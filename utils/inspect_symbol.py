@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is used in place
 
-from core.atomic_file import atomic_file
+from core.run.atomic_file import atomic_file
 from symbol import Node, Symbol, load_json
 from symbol.op_table import Shape
 from symbol.shape import propagate

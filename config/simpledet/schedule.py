@@ -6,8 +6,8 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from config.image_set import PUBLISHED, ImageSet, resolve
 from config.schema import Config
-from core.image_set import PUBLISHED, ImageSet, resolve
 
 _LR, _WARMUP = "OptimizeParam.schedule.lr_epoch", "OptimizeParam.warmup.epoch"
 _END = "OptimizeParam.schedule.end_epoch"
@@ -95,7 +95,7 @@ def _num_image(image_set: str | ImageSet, data_root: str, end_epoch: int) -> int
             f"OptimizeParam.schedule.lr_iter: how many iterations an epoch of {resolved.name} has is not known, as "
             f"{resolved.annotation} does not exist; name the data with --data-root, or epochs, {_advice(end_epoch)}"
         )
-    from core.coco_index import open_index
-    from core.dataset import DetectionDataset
+    from core.data.coco_index import open_index
+    from core.data.dataset import DetectionDataset
 
     return DetectionDataset([open_index(resolved)], []).num_image

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from config.image_set import resolve
 from config.schema import AnchorGenerate, Config
 from config.simpledet.schedule import Iterations
 from config.simpledet.transforms import file_transform
-from core.image_set import resolve
-from core.simpledet_weights import neck_norm_name
+from core.weights.simpledet_weights import neck_norm_name
 from symbol import Symbol
 
 

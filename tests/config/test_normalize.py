@@ -8,7 +8,7 @@ import torch
 
 from config.load import load_config
 from config.schema import ModelParam
-from core.optimizer import SGD, multipliers
+from core.engine.optimizer import SGD, multipliers
 from symbol import lower, var
 from symbol.layers import normalizer_factory
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 import config.schema as schema
+from config.image_set import ImageSet
 from config.overrides import apply_overrides
-from core.image_set import ImageSet
 
 DEMO = ImageSet("mine", "a.json", "images")
 

@@ -9,8 +9,8 @@ import pytest
 
 import config.schema as schema
 from config.field_type import convert, describe
+from config.image_set import ImageSet
 from config.section import fill, leaves
-from core.image_set import ImageSet
 
 
 def test_an_unknown_field_is_refused_with_the_nearest_names() -> None:

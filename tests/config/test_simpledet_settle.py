@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from core.schedule import build_schedule
+from core.engine.schedule import build_schedule
 from tests.config.simpledet_edits import COCO, NO_FLIP, SIDES_800_1333, Edit, Load, loader, network
 from utils.make_demo_dataset import make_demo_dataset
 

@@ -10,8 +10,8 @@ import torch
 import detection_test
 import detection_train
 from config.load import load_config
-from core.checkpoint import load_weights
-from core.params_file import write_params
+from core.weights.checkpoint import load_weights
+from core.weights.params_file import write_params
 from symbol import lower
 from tests.small_config import SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from config.image_set import ImageSet
 from config.load import format_config, load_config
 from config.schema import Config
 from core.detection_module import fit
-from core.image_set import ImageSet
 from tests.small_config import DEMO, SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from config.load import load_config
 from config.schema import Config
-from core.checkpoint import Progress, epoch_stem, save_checkpoint
+from core.distributed.process_group import World
 from core.inference import detect
 from core.inference import test as run_test
-from core.params_file import write_params
-from core.world import World
+from core.weights.checkpoint import Progress, epoch_stem, save_checkpoint
+from core.weights.params_file import write_params
 from symbol import lower
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes

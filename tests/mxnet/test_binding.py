@@ -16,8 +16,8 @@ import torch
 pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: make mxnet-test runs these")
 
 import symbol as S
-from core.mxnet_graph import RateOfStep, load_symbol
-from core.schedule import LrSchedule
+from core.engine.schedule import LrSchedule
+from core.engine_mxnet.graph import RateOfStep, load_symbol
 from operator_cxx.mxnet_ops import load_mxnet
 from operator_cxx.mxnet_ops.build import build
 from operator_cxx.reference.focal_loss import focal_loss

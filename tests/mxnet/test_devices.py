@@ -20,10 +20,10 @@ from torch import Tensor
 pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: make mxnet-test runs these")
 
 from config.load import load_config
-from core import trainer as torch_engine
-from core.checkpoint import load_weights
-from core.loader import make_train_loader
-from core.mxnet_engine import build_trainer
+from core.data.loader import make_train_loader
+from core.engine import trainer as torch_engine
+from core.engine_mxnet.trainer import build_trainer
+from core.weights.checkpoint import load_weights
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.small_run import records
 from utils.make_demo_dataset import make_demo_dataset
@@ -172,7 +172,7 @@ def servers(folder: Path) -> dict[int, int]:
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:  # it has ended
             continue
-        if b"core.mxnet_server" in words and is_ours:
+        if b"core.engine_mxnet.server" in words and is_ours:
             found[int(process.name)] = parent
     return found
 

@@ -17,8 +17,8 @@ import detection_test
 from config.load import format_config, load_config
 from config.schema import Config
 from core import detection_module, inference
-from core.checkpoint import load_weights
-from core.mxnet_engine import MxnetModule, MxnetTrainer
+from core.engine_mxnet.trainer import MxnetModule, MxnetTrainer
+from core.weights.checkpoint import load_weights
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.small_run import records, stop_at
 from utils.make_demo_dataset import make_demo_dataset

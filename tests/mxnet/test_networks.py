@@ -10,7 +10,7 @@ pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: mak
 
 import symbol as S
 from config.load import load_config
-from core.mxnet_graph import load_symbol
+from core.engine_mxnet.graph import load_symbol
 from utils.benchmark_parity import CONFIGS, compare
 
 NAMES = [config.stem for config in CONFIGS]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import symbol as S
-from core.params_file import Layout, ParamsFile, SavedArray, read_params, read_params_file, write_params_file
+from core.weights.params_file import Layout, ParamsFile, SavedArray, read_params, read_params_file, write_params_file
 from models.backbone.resnet import resnet_v1b
 from models.NASFPN.builder import NASFPNNeck
 from symbol.layers import normalizer_factory

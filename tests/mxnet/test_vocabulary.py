@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: make mxnet-test runs these")
 
 import symbol as S
-from core.mxnet_graph import load_symbol
+from core.engine_mxnet.graph import load_symbol
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol, var
 from symbol.lowering import LOWERINGS

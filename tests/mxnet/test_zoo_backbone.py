@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import symbol as S
-from core.pretrain import load_backbone
+from core.weights.pretrain import load_backbone
 from models.backbone.resnet import resnet_v1, resnet_v1b
 from symbol.layers import normalizer_factory
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import symbol as S
 from symbol import Group, Symbol, load_json, var
-from tests.core.test_hostile_files import TIMES, all_damaged, read_or_refused
+from tests.core.weights.test_hostile_files import TIMES, all_damaged, read_or_refused
 
 MXNETS = (Path(__file__).parents[1] / "golden" / "mxnet191_graph.json").read_text()
 

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 import symbol as S
 from config.load import load_config
-from core.gradients import GradientAverage
-from core.world import World
+from core.distributed.gradient_average import GradientAverage
+from core.distributed.process_group import World
 from symbol.activations import activations
 from symbol.lowering import lower
 from symbol.passes import in_precision

@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 import symbol as S
-from core.checkpoint import load_weights
-from core.first_weights import load_given_weights, params_progress
-from core.params_file import read_params, read_params_file, write_params
+from core.weights.checkpoint import load_weights
+from core.weights.first_weights import load_given_weights, params_progress
+from core.weights.params_file import read_params, read_params_file, write_params
 from utils.convert_checkpoint import convert, main
 
 WEIGHTS = {

@@ -1,0 +1,63 @@
+"""Several processes from one command, by torch's elastic launcher: a training on every GPU of its config."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from core.distributed.process_group import RETRY
+from operator_cxx.build import usable_cpus
+
+MAX_RESTARTS = 3
+
+
+def launch(script: str, arguments: Sequence[str], num_process: int, again: Sequence[str] = ()) -> int:
+    """Run a script in `num_process` processes of this machine; the exit status of this one.
+
+    Where one is killed, or stalls, all are stopped and started anew, with the arguments `again` too, MAX_RESTARTS
+    times. An error that the script reports itself ends them all.
+    """
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step and write a checkpoint
+    # processes share the cores: OpenMP would give each of them all
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // num_process)))
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its story of a failure is a page long
+    for attempt in range(MAX_RESTARTS + 1):
+        added = [argument for argument in again if attempt and argument not in arguments]
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_process,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-u", script, *arguments, *added)
+            return 0
+        except SignalException as error:
+            return 128 + error.sigval
+        except ChildFailedError as error:
+            status = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        reported = [code for code in status.values() if code > 0 and code != RETRY]
+        if reported:
+            return reported[0]
+        # the launcher itself ends the others with SIGTERM
+        first = {rank: code for rank, code in status.items() if code != -signal.SIGTERM} or status
+        what = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in sorted(first.items()))
+        then = "starting all again" + " from the newest checkpoint" * bool(again)
+        print(f"{what}; {then if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
+    return 1
+
+
+def _ending(status: int) -> str:
+    return f"was killed by signal {-status}" if status < 0 else "lost the other processes"

@@ -1,0 +1,4 @@
+"""Results for people: the log, AP, pictures, and --dry-run.
+
+Nothing here changes a run or its weights.
+"""

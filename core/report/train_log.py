@@ -1,0 +1,155 @@
+"""The log of a training run: lines and in a terminal a bar for people, log.txt and log.jsonl beside the checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from core.run.atomic_file import atomic_file
+
+LOG_LINES = "log.jsonl"
+LOG_TEXT = "log.txt"
+
+
+class TrainLog:
+    """Written as the run goes; opened as a context. Records behind `start_epoch` (None: that of `start_step`), left by
+    a run that was cut off after its last checkpoint, are dropped when it opens. Steps alone would not tell: another
+    number of images a step counts them anew.
+    """
+
+    def __init__(
+        self, folder: Path, start_step: int, end_step: int, iter_per_epoch: int, start_epoch: float | None = None
+    ) -> None:
+        self.end_step = end_step
+        self.iter_per_epoch = iter_per_epoch
+        start_epoch = start_step / iter_per_epoch if start_epoch is None else start_epoch
+        kept = _drop_records_behind(folder / LOG_LINES, start_epoch)
+        self.evaluated = {record["epoch"] for record in kept if record.get("event") in ("eval", "tested")}  # epochs
+        mode = "a" if start_step else "w"
+        self._text = (folder / LOG_TEXT).open(mode, buffering=1, encoding="utf-8")
+        self._lines = (folder / LOG_LINES).open("a", buffering=1, encoding="utf-8")
+        self._bar = tqdm(total=end_step, initial=start_step, unit="step", disable=not sys.stderr.isatty())
+        self._since = self._began = time.perf_counter()
+        self._began_at = self._step = start_step
+        self._waited = 0.0
+        self._waiting_first = True
+
+    def __enter__(self) -> TrainLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+        self._text.close()
+        self._lines.close()
+
+    def waited(self, seconds: float) -> None:
+        """The training loop waited for data. The first time it also waited for what prepares them to start, and no
+        step was done before: speeds count from there."""
+        if self._waiting_first:
+            self._waiting_first = False
+            self.restart_clock()
+        else:
+            self._waited += seconds
+
+    def restart_clock(self) -> None:
+        """What went by since the last step was no training."""
+        now = time.perf_counter()
+        self._began += now - self._since
+        self._since = now
+
+    def info(self, text: str) -> None:
+        """A line for people."""
+        self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self._bar.disable:
+            print(text, flush=True)
+        else:
+            self._bar.write(text)
+
+    def event(self, name: str, **values: Any) -> None:
+        """A line for tools."""
+        self._lines.write(json.dumps({"event": name, **values}) + "\n")
+
+    def steps(self, step: int, num_image: int, values: dict[str, float]) -> None:
+        """`step` updates are done; `values` and `num_image` are of those since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        record = {
+            "step": step,
+            "epoch": round(step / self.iter_per_epoch, 7),
+            **values,
+            "img_per_s": num_image / elapsed,
+            "data_wait": self._waited / elapsed,
+            "eta_s": (now - self._began) / (step - self._began_at) * (self.end_step - step),
+        }
+        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
+        self._lines.write(json.dumps(finite, allow_nan=False) + "\n")
+        self.info(_line(record, self.end_step))
+        self._bar.update(step - self._step)
+        self._step, self._waited, self._since = step, 0.0, now
+
+
+class NoLog:
+    """In a TrainLog's place, in processes that do not write it."""
+
+    evaluated: frozenset[int] = frozenset()
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def waited(self, seconds: float) -> None:
+        pass
+
+    def restart_clock(self) -> None:
+        pass
+
+    def info(self, text: str) -> None:
+        pass
+
+    def event(self, name: str, **values: Any) -> None:
+        pass
+
+    def steps(self, step: int, num_image: int, values: dict[str, float]) -> None:
+        pass
+
+
+_FORMATS = {
+    **{"lr": ".5f", "grad_norm": ".2f", "loss_scale": "g", "skipped": ".0f"},
+    **{"memory_mib": ".0f", "img_per_s": ".1f", "data_wait": ".0%"},
+}
+
+
+def _line(record: dict[str, Any], end_step: int) -> str:
+    left = time.strftime("%H:%M:%S", time.gmtime(record["eta_s"] % 86400))
+    days = f"{int(record['eta_s'] // 86400)}d " if record["eta_s"] >= 86400 else ""
+    numbers = [
+        f"{name} {value:{_FORMATS.get(name, '.4f')}}" if math.isfinite(value) else f"{name} -"
+        for name, value in record.items()
+        if name not in ("step", "epoch", "eta_s")
+    ]
+    return f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} {' '.join(numbers)} left {days}{left}"
+
+
+def _drop_records_behind(path: Path, epoch: float) -> list[dict[str, Any]]:
+    """The records that stay."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a run that was killed
+            continue
+        if 0 < epoch >= record.get("epoch", 0) - 1e-7:
+            kept.append(record)
+    with atomic_file(path) as file:
+        file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
+    return kept

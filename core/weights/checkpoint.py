@@ -1,0 +1,390 @@
+"""Checkpoints: what a run needs to go on, or to be tested, as safetensors files.
+
+    checkpoint-0003.safetensors            parameters and auxiliary states under their MXNet names (3 epochs)
+    checkpoint-0003.state.safetensors      the optimizer's momentum at that point
+    checkpoint-step00001234.safetensors    the same pair in the middle of an epoch
+
+Files appear whole or not at all. The weights of every epoch stay, or of the last few; of the states only the
+newest, and weights of the middle of an epoch only until a later pair is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from core.run.atomic_file import atomic_file, temporary_path
+
+FORMAT_VERSION = 2
+METADATA_KEY = "necklace"
+WEIGHTS_SUFFIX = ".safetensors"
+STATE_SUFFIX = ".state.safetensors"
+EPOCH_WEIGHTS = r"checkpoint-(\d{4,})\.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stood: stored in the metadata of both files of a pair."""
+
+    epoch: int  # epochs that are finished
+    step: int  # updates that are done
+    seed: int
+    experiment: str
+    num_sample: int = 0  # samples in an epoch
+    sample: int = 0  # samples of the unfinished epoch that were taken
+    portrait: int = 0  # how many of them were portrait, where batches hold one orientation
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> tuple[int, int, int]:
+        """How far that is: more, the later. Steps alone do not tell where a resume changed the images of a step."""
+        return self.epoch, self.sample, self.step
+
+    @property
+    def epochs(self) -> float:
+        """Finished epochs and the fraction of the next one."""
+        return self.epoch + (self.sample / self.num_sample if self.num_sample else 0.0)
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors metadata. One entry, because the library writes several in random order."""
+        return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> Progress:
+        """The reverse of `to_metadata`; `path` is named in errors.
+
+        Raises:
+            ValueError: the metadata is not that of a checkpoint, or of another format.
+        """
+        if METADATA_KEY not in metadata:
+            raise ValueError(
+                f"{path} is not a checkpoint of this program: its metadata has no entry {METADATA_KEY}. "
+                "Backbone weights are given by ModelParam.pretrain.prefix instead"
+            )
+        try:
+            stored = json.loads(metadata[METADATA_KEY])
+        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested without end
+            raise ValueError(f"{path} is damaged: its metadata is not JSON ({error})") from None
+        if not isinstance(stored, dict):
+            raise ValueError(f"{path} is damaged: its metadata is a {type(stored).__name__}, not an object")
+        version = stored.pop("format_version", None)
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise ValueError(f"{path} has checkpoint format {version!r:.40}, this program reads {FORMAT_VERSION}")
+        kinds = {entry.name: type(entry.default) for entry in fields(cls)} | _REQUIRED
+        for name, kind in kinds.items():
+            if name not in stored or not _is_kind(stored[name], kind):
+                raise ValueError(
+                    f"{path} is damaged: its metadata has {name} {stored.get(name)!r:.80}, expected {_KINDS[kind]}"
+                )
+        if unknown := stored.keys() - kinds.keys():
+            raise ValueError(f"{path} is damaged: its metadata has {sorted(unknown)!r:.80}, which no checkpoint has")
+        return cls(**stored | {"class_names": tuple(stored["class_names"])})
+
+
+_REQUIRED: dict[str, type] = {"epoch": int, "step": int, "seed": int, "experiment": str}
+_KINDS = {int: "a number of 0 or more", str: "a text", tuple: "a list of texts"}
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 2**63
+    return type(value) is kind
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete pair on disk."""
+
+    weights: Path
+    state: Path
+    progress: Progress
+
+    def is_finished(self, end_epoch: int) -> bool:
+        """Nothing is left to train."""
+        return self.progress.epoch >= end_epoch
+
+
+def epoch_stem(epoch: int) -> str:
+    """File stem after `epoch` finished epochs."""
+    return f"checkpoint-{epoch:04d}"
+
+
+def step_stem(step: int) -> str:
+    """File stem in the middle of an epoch, after `step` updates."""
+    return f"checkpoint-step{step:08d}"
+
+
+def save_checkpoint(
+    folder: str | Path,
+    stem: str,
+    weights: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    progress: Progress,
+    keep: int = 0,
+) -> Checkpoint:
+    """Write a pair, then remove what it replaces.
+
+    Args:
+        stem: `epoch_stem(...)` or `step_stem(...)`.
+        weights: parameters and auxiliary states by name, on any device.
+        state: the optimizer's `state_dict()`.
+        keep: epochs whose weights stay, the last ones; 0: all.
+
+    Raises:
+        OSError: the disk is full, read only, ...; earlier checkpoints are untouched and the message names the
+            newest.
+    """
+    folder = Path(folder)
+    pair = Checkpoint(folder / f"{stem}{WEIGHTS_SUFFIX}", folder / f"{stem}{STATE_SUFFIX}", progress)
+    try:
+        # both are written before one is renamed, the state first: weights that lie alone are whole
+        with atomic_file(pair.weights) as weights_file, atomic_file(pair.state) as state_file:
+            state_file.write(_serialise(state, progress))
+            weights_file.write(_serialise(weights, progress))
+    except OSError as error:
+        if pair.state.exists() and not pair.weights.exists():
+            pair.state.unlink()
+        needed = sum(tensor.nbytes for tensor in (*weights.values(), *state.values()))
+        raise OSError(error.errno, _write_failure(pair, needed, error)) from error
+    prune(pair, keep)
+    return pair
+
+
+def _serialise(tensors: Mapping[str, Tensor], progress: Progress) -> bytes:
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(on_host, progress.to_metadata())
+
+
+def _write_failure(pair: Checkpoint, needed: int, error: OSError) -> str:
+    folder = pair.weights.parent
+    message = f"cannot write {pair.weights}: {error.strerror or error}."
+    if folder.is_dir():
+        free = shutil.disk_usage(folder).free
+        message += f" A checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free."
+        whole = _pairs(folder)
+        if whole:
+            message += f" The previous one, {whole[-1].weights}, is whole."
+    return message + " Make room or make the folder writable, then go on with --resume."
+
+
+def prune(newest: Checkpoint, keep: int) -> None:
+    """Remove what the newest pair replaces; a run that was killed may not have come to it.
+
+    Only called when `newest` is complete and synced: until then the pair before it stays.
+    """
+    folder = newest.weights.parent
+    for path in folder.glob(f"checkpoint-*{STATE_SUFFIX}"):
+        if path != newest.state:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(f"checkpoint-step*{WEIGHTS_SUFFIX}"):
+        if path not in (newest.weights, newest.state):
+            path.unlink(missing_ok=True)
+    if keep:
+        for path in _epoch_weights(folder, newest.progress.epoch)[:-keep]:
+            path.unlink(missing_ok=True)
+    for path in folder.glob(temporary_path(folder / "checkpoint-*").name):  # of a process that was killed
+        path.unlink(missing_ok=True)
+
+
+def _epoch_weights(folder: Path, last: int) -> list[Path]:
+    """Weights of the epochs up to `last`, oldest first, found by name: a damaged file shall not stop a run."""
+    names = ((re.fullmatch(EPOCH_WEIGHTS, path.name), path) for path in folder.iterdir())
+    epochs = sorted((int(match[1]), path) for match, path in names if match)
+    return [path for epoch, path in epochs if epoch <= last]
+
+
+def latest(folder: str | Path) -> Checkpoint | None:
+    """The newest complete pair, by step; None where the folder holds no checkpoint.
+
+    Raises:
+        ValueError: a file is damaged; or weights lie there without any state, so that resuming is impossible
+            and starting anew would overwrite them.
+    """
+    folder = Path(folder)
+    pairs = _pairs(folder)
+    if pairs:
+        return pairs[-1]
+    alone = _weights_files(folder)
+    if alone:
+        raise ValueError(
+            f"{folder} holds weights ({alone[-1].name}) but not the optimizer state that resuming needs. To "
+            f"start from these weights, train under another name: --set General.name=<name> "
+            f"--set ModelParam.init_from={alone[-1]}; to start anew, remove the folder"
+        )
+    return None
+
+
+def find_weights(folder: str | Path, epoch: int | None = None) -> Path:
+    """The weights to test: those after `epoch` epochs, or the newest.
+
+    Raises:
+        FileNotFoundError: there are none; the message lists those that exist.
+    """
+    folder = Path(folder)
+    wanted = "checkpoint" if epoch is None else f"{epoch_stem(epoch)}{WEIGHTS_SUFFIX}"
+    if epoch is not None and (folder / wanted).is_file():
+        return folder / wanted
+    files = _weights_files(folder)
+    if epoch is None and files:
+        return files[-1]
+    there = f"it holds {', '.join(path.name for path in files)}" if files else "train first with detection_train.py"
+    raise FileNotFoundError(f"no {wanted} in {folder}: {there}")
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """Every weights file, oldest first."""
+    files = [p for p in folder.glob(f"checkpoint-*{WEIGHTS_SUFFIX}") if not p.name.endswith(STATE_SUFFIX)]
+    return sorted(files, key=lambda path: _read_progress(path).reached)
+
+
+def _pairs(folder: Path) -> list[Checkpoint]:
+    """Every complete pair, oldest first."""
+    pairs = []
+    for state in folder.glob(f"checkpoint-*{STATE_SUFFIX}"):
+        weights = state.with_name(state.name.removesuffix(STATE_SUFFIX) + WEIGHTS_SUFFIX)
+        if weights.exists():
+            progress = _read_progress(weights)
+            if _read_progress(state) == progress:
+                pairs.append(Checkpoint(weights, state, progress))
+    return sorted(pairs, key=lambda pair: pair.progress.reached)
+
+
+def _read_progress(path: Path) -> Progress:
+    return Progress.from_metadata(read_metadata(path), path)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file, without its tensors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged.
+    """
+    with _open(Path(path)) as handle:
+        return dict(handle.metadata() or {})
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged.
+    """
+    with _open(Path(path)) as handle:
+        try:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+        except Exception as error:  # shapes, numbers and types that torch cannot make a tensor of
+            raise ValueError(_damaged(Path(path), error)) from error
+
+
+def _open(path: Path) -> safetensors.safe_open:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: give the path of a .safetensors or .params file")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except (safetensors.SafetensorError, OverflowError) as error:
+        raise ValueError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, error: Exception) -> str:
+    return (
+        f"{path} is damaged or not a safetensors file ({str(error)[:200]}): get it again, or use an earlier checkpoint"
+    )
+
+
+def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
+    """Parameters and auxiliary states by name, and where the run stood that wrote them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or not a checkpoint.
+    """
+    path = Path(path)
+    refuse_state(path)
+    return read_tensors(path), _read_progress(path)
+
+
+def refuse_state(path: Path) -> None:
+    """Raises ValueError for the second file of a pair, which looks like weights: the momentum has their names."""
+    if path.name.endswith(STATE_SUFFIX):
+        weights = path.name.removesuffix(STATE_SUFFIX) + WEIGHTS_SUFFIX
+        raise ValueError(f"{path} holds the momentum of a run, not weights: those are in {weights} beside it")
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How the tensors of a file differ from what a model expects."""
+
+    missing: tuple[str, ...]  # expected, not given
+    extra: tuple[str, ...]  # given, not expected
+    different: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]  # name, expected shape, given shape
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.extra or self.different)
+
+    def lines(self, most: int = 8) -> list[str]:
+        """One line per kind of difference, with at most `most` names each."""
+        shapes = [f"{name} (expected {wanted}, got {got})" for name, wanted, got in self.different]
+        kinds = (("missing", self.missing), ("not expected", self.extra), ("of another shape", shapes))
+        return [
+            f"{len(names)} {kind}: {', '.join(names[:most])}{', ...' if len(names) > most else ''}"
+            for kind, names in kinds
+            if names
+        ]
+
+
+def check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> FitReport:
+    """Compare names and shapes; `expected` maps every parameter and auxiliary state to its shape."""
+    return FitReport(
+        missing=tuple(name for name in expected if name not in given),
+        extra=tuple(name for name in given if name not in expected),
+        different=tuple(
+            (name, tuple(shape), tuple(given[name].shape))
+            for name, shape in expected.items()
+            if name in given and tuple(given[name].shape) != tuple(shape)
+        ),
+    )
+
+
+def require_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse tensors that are not exactly the model's.
+
+    Raises:
+        ValueError: names or shapes differ; the message lists the first of each kind.
+    """
+    report = check_fit(expected, given)
+    if not report.fits:
+        differences = "\n  ".join(report.lines())
+        raise ValueError(
+            f"the weights in {path} do not fit this model:\n  {differences}\nUse the config that they were "
+            f"trained with, or train from what fits with --set ModelParam.init_from={path}"
+        )
+
+
+def keep_fitting(
+    expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], path: str | Path
+) -> tuple[dict[str, Tensor], FitReport]:
+    """The tensors that fit by name and shape, for fine-tuning, and what was left out, for the log.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    report = check_fit(expected, given)
+    left_out = {*report.extra, *(name for name, _, _ in report.different)}
+    kept = {name: tensor for name, tensor in given.items() if name not in left_out}
+    if not kept:
+        raise ValueError(f"ModelParam.init_from: no tensor of {path} fits this model by name and shape")
+    return kept, report

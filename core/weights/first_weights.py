@@ -1,0 +1,73 @@
+"""Where a network's first weights come from: a checkpoint to resume or fine-tune, a pretrained backbone, or chance."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from core.weights.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
+from core.weights.params_file import SUFFIX, read_params
+from core.weights.pretrain import find_backbone, load_backbone, variant_of
+from core.weights.simpledet_weights import as_ours
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter and auxiliary state."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def load_given_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
+    """Parameters and auxiliary states of a checkpoint that a user names, ours or MXNet's, and where its run stood.
+
+    They are as the file has them; `core.weights.simpledet_weights.as_ours` makes what SimpleDet has in another way fit.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that is damaged or no checkpoint.
+    """
+    path = Path(path)
+    return (read_params(path), params_progress(path)) if path.suffix == SUFFIX else load_weights(path)
+
+
+def params_progress(path: Path) -> Progress:
+    """Where MXNet's run stood, as far as the name that its Module gives tells: `<prefix>-<epoch>.params`."""
+    match = re.fullmatch(r"(.+)-(\d{4,9})", path.stem)
+    return Progress(epoch=int(match[2]) if match else 0, step=0, seed=0, experiment=match[1] if match else path.stem)
+
+
+def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | None) -> list[str]:
+    """Load what the config asks for; `resumed` goes before all else. Returns lines for the log.
+
+    Raises FileNotFoundError for a missing file and ValueError for one that does not fit; nothing is loaded then.
+    """
+    model = config.ModelParam
+    if resumed is not None:
+        tensors, progress = load_weights(resumed.weights)
+        require_fit(shapes_of(module), tensors, resumed.weights)
+        module.load_state_dict(tensors)
+        return [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
+    if model.init_from is not None:
+        shapes = shapes_of(module)
+        given, lines = as_ours(load_given_weights(model.init_from)[0], shapes, config.NormalizeParam, model.init_from)
+        fitting, report = keep_fitting(shapes, given, model.init_from)
+        _load_some(module, fitting)
+        summary = (
+            f"fine-tuning {model.init_from}: {len(fitting)} of {len(shapes)} tensors loaded, the others start anew"
+        )
+        return [*lines, summary, *report.lines()]
+    if model.from_scratch:
+        return ["training from scratch: every weight is random"]
+    variant = variant_of(model.backbone)
+    path = find_backbone(model.pretrain.prefix, config.BackboneParam.depth, variant)
+    tensors, line = load_backbone(path, shapes_of(module), variant)
+    _load_some(module, tensors)
+    return [line]
+
+
+def _load_some(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    result = module.load_state_dict(tensors, strict=False)
+    assert not result.unexpected_keys
