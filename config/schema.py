@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from config.image_set import ImageSet
 from config.section import Section, derived, required
+from models.record import BatchTransform
 from symbol import Symbol
 
 
@@ -292,11 +293,11 @@ class RenameParam(Section):
 class Transform:
     """Input transforms in order: `sample` runs on one record in a worker (uint8), `batch` on the device.
 
-    A transform has apply(record); one of `batch` may have apply_all(records) instead, for all batches of an update.
+    A sample transform has apply(record); batch transforms derive from BatchTransform.
     """
 
     sample: list[Any]
-    batch: list[Any]
+    batch: list[BatchTransform]
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,17 +1,6 @@
-"""Records and the transforms that every recipe shares.
+"""The input transforms that every recipe shares; `models.record` says what a record and a batch hold.
 
-A record is a dict. Sample transforms (`ReadRoiRecord` to `Pad2DImageBbox`) change the record of one image in
-place:
-
-    image_path, h, w    the file, and its height and width by the annotations
-    image               (H, W, 3) uint8 RGB
-    im_info             (3,) float32: height and width of the image before padding, input pixels per file pixel
-    gt_bbox             (G, 5) float32: x1, y1, x2, y2, class 1..K
-    flipped             whether this sample is the mirrored one
-    rng                 np.random.Generator, the only source of randomness
-
-Batch transforms change a batch: the same names, torch tensors with N first. Boxes are xyxy with inclusive
-corners, in pixels of `image` as it is at that point.
+`ReadRoiRecord` to `Pad2DImageBbox` change the record of one image, in a worker; the others change whole batches.
 """
 
 from __future__ import annotations
@@ -23,32 +12,10 @@ import cv2
 import numpy as np
 
 from core.data.image import read_image
+from models.record import BatchTransform, Record, input_sides, resize
 
 if TYPE_CHECKING:
     from config.schema import PadParam, ResizeParam
-
-Record = dict[str, Any]
-
-
-def input_sides(record: Record, short: int, long: int) -> tuple[int, int]:
-    """Height and width of the input that holds this image: portrait (long, short) where the file's h >= w.
-
-    The file decides, not the image as it is now: a random crop can turn a landscape image into a square one,
-    and a batch holds one orientation. The image decides where the record does not know its file.
-    """
-    height, width = record["image"].shape[:2]
-    return (long, short) if record.get("h", height) >= record.get("w", width) else (short, long)
-
-
-def resize(record: Record, height: int, width: int, scale: float) -> None:
-    """Resizes the image to (height, width), scales the boxes by `scale`, clips them and writes im_info."""
-    record["image"] = cv2.resize(record["image"], (width, height), interpolation=cv2.INTER_LINEAR)
-    record["im_info"] = np.array([height, width, scale], np.float32)
-    box = record["gt_bbox"].astype(np.float32)
-    box[:, :4] *= np.float32(scale)
-    box[:, 0:4:2] = box[:, 0:4:2].clip(0, width - 1)
-    box[:, 1:4:2] = box[:, 1:4:2].clip(0, height - 1)
-    record["gt_bbox"] = box
 
 
 class ReadRoiRecord:
@@ -118,33 +85,29 @@ class Pad2DImageBbox:
         record["gt_bbox"] = gt_bbox
 
 
-class ConvertImageFromHwcToChw:
-    """(..., H, W, 3) to (..., 3, H, W): a view, which torch knows as channels_last. Takes tensors and
-    arrays."""
+class ConvertImageFromHwcToChw(BatchTransform):
+    """(..., H, W, 3) to (..., 3, H, W): a view, in torch's terms channels_last. Takes tensors and arrays."""
 
-    def apply(self, record: Record) -> None:
-        image = record["image"]
-        if isinstance(image, np.ndarray):
-            record["image"] = np.moveaxis(image, -1, -3)
-        else:
-            record["image"] = image.movedim(-1, -3)
+    def apply(self, batch: Any) -> None:
+        image = batch["image"]
+        batch["image"] = np.moveaxis(image, -1, -3) if isinstance(image, np.ndarray) else image.movedim(-1, -3)
 
 
-class RenameRecord:
+class RenameRecord(BatchTransform):
     """Renames entries, {old: new}: from the names of the input to those of the graph.
 
-    Raises ValueError for an entry that the record does not have.
+    Raises ValueError for an entry that the record or batch does not have.
     """
 
     def __init__(self, mapping: Mapping[str, str]) -> None:
         self.mapping = mapping
 
-    def apply(self, record: Record) -> None:
-        missing = [name for name in self.mapping if name not in record]
+    def apply(self, batch: Any) -> None:
+        missing = [name for name in self.mapping if name not in batch]
         if missing:
             raise ValueError(
-                f"RenameParam.mapping: no {', '.join(missing)} in the record, which has {', '.join(record)}; "
+                f"RenameParam.mapping: no {', '.join(missing)} in the record, which has {', '.join(batch)}; "
                 f"correct the mapping, or put the transform that makes it before RenameRecord"
             )
         for old, new in self.mapping.items():
-            record[new] = record.pop(old)
+            batch[new] = batch.pop(old)

@@ -33,6 +33,7 @@ from core.run.experiment import experiment_folder
 from core.weights.checkpoint import find_weights, require_fit
 from core.weights.first_weights import load_given_weights, shapes_of
 from core.weights.simpledet_weights import as_ours
+from models.record import Batch
 from operator_cxx.nms import nms, soft_nms
 from symbol.passes import in_precision
 
@@ -82,9 +83,7 @@ def build_test_module(
     return place(module, device).eval()
 
 
-def detect(
-    config: Config, module: nn.Module, batches: Iterable[dict[str, Any]], device: torch.device
-) -> Iterator[Detections]:
+def detect(config: Config, module: nn.Module, batches: Iterable[Batch], device: torch.device) -> Iterator[Detections]:
     """Detections of every image of the batches, by the batch transforms of config.test_transform."""
     for batch in batches:
         batch = to_device(batch, device)

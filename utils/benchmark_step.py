@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,9 +23,10 @@ from config.schema import Config
 from core.engine.device import peak_memory, select_device
 from core.engine.trainer import Trainer, build_trainer
 from detection_train import run
+from models.record import Batch, select
 
 
-def random_batch(config: Config, device: torch.device) -> dict[str, Any]:
+def random_batch(config: Config, device: torch.device) -> Batch:
     """A batch as the loader gives it: full-size images with 8 boxes each."""
     generator = torch.Generator().manual_seed(0)
     batch, pad = config.General.batch_image, config.PadParam
@@ -54,7 +54,7 @@ def time_parts(trainer: Trainer) -> dict[str, float]:
     for transform in config.transform.batch:
         transform.apply(batch)
     lap("batch transforms and targets")
-    outputs = trainer.module(**{name: batch[name] for name in config.data_name + config.label_name})
+    outputs = trainer.module(**select(batch, config.data_name + config.label_name))
     loss = sum(outputs[: len(config.ModelParam.train_symbol)])
     lap("forward and losses")
     trainer.optimizer.zero_grad()

@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is 
 
 from core.run.atomic_file import atomic_file
 from core.weights.backbone_names import depth_of
-from core.weights.pretrain import default_prefix, read_backbone
+from core.weights.pretrain import read_backbone
+from models.backbone.resnet import default_prefix
 
 FILE_NAME = "model.safetensors"
 

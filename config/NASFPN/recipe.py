@@ -19,6 +19,7 @@ from core.detection_input import (
 )
 from models.NASFPN.builder import NASFPNNeck, ResNetV1bFPN, RetinaNetHeadWithBN
 from models.NASFPN.input import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox
+from models.record import BatchTransform
 from models.retinanet.builder import RetinaNet
 from models.retinanet.input import AverageFgCount, Norm2DImage, PyramidAnchorTarget2D
 from models.retinanet.metric import FGAccMetric
@@ -42,7 +43,7 @@ def retina_transform(config: Config, is_train: bool) -> Transform:
     """Random window, flip and anchor targets in training; the whole image, scaled to fit, in testing."""
     resize = RandResizeCrop2DImageBbox if is_train else ResizeCrop2DImageBbox
     sample: list[Any] = [ReadRoiRecord(), resize(config.ResizeParam)]
-    batch: list[Any] = [ConvertImageFromHwcToChw(), Norm2DImage(config.NormParam)]
+    batch: list[BatchTransform] = [ConvertImageFromHwcToChw(), Norm2DImage(config.NormParam)]
     if is_train:
         sample.append(Flip2DImageBbox())
         batch.append(PyramidAnchorTarget2D(config.AnchorTarget2DParam))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ MODULES = (
     "core.detection_metric",
 )
 _PACKAGES = {module[: i + 1] for module in MODULES for i in range(len(module)) if module[i + 1 : i + 2] == "."}
+_NECK_NORM = re.compile(r"^(S\d+_P\d_\d+_bn)(?=_(?!neck)|$)")
 _SIMPLEDETS = ("mxnext", "models", "symbol", "core", "utils", "operator_py")
 
 
@@ -158,3 +160,8 @@ def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = 
 def unsupported(name: str) -> str:
     """What to say of something of SimpleDet's that is not here."""
     return f"{name} is not supported; {_SUPPORTED}"
+
+
+def neck_norm_name(name: str) -> str:
+    """Return our name of a neck's BatchNorm, or of a parameter of it: S7_P6_7_bn is S7_P6_7_bn_neck. Others stay."""
+    return _NECK_NORM.sub(r"\1_neck", name)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from config.image_set import resolve
 from config.schema import AnchorGenerate, Config
+from config.simpledet.names import neck_norm_name
 from config.simpledet.schedule import Iterations
 from config.simpledet.transforms import file_transform
-from core.weights.simpledet_weights import neck_norm_name
 from symbol import Symbol
 
 

@@ -26,7 +26,7 @@ from config.simpledet.names import Graph, Normalizer, Part, declared_classes, un
 from config.simpledet.schedule import Iterations
 from config.simpledet.settle import Translation
 from config.simpledet.transforms import read_transform
-from core.weights.pretrain import default_prefix, variant_of
+from models.backbone.resnet import default_prefix, variant_of
 
 SECTIONS = (
     *("General", "KvstoreParam", "RpnParam", "RoiParam", "BboxParam"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from torch.utils.data import Dataset
 
 from core.data.dataset import DetectionDataset, Failure
 from core.data.sample_order import Part
-from core.detection_input import Record
+from models.record import Batch, Record
 
-Batch = dict[str, Any]
 _SHOWN = 3  # image files that an error names
 
 
@@ -46,7 +45,7 @@ class BatchReader(Dataset[Any]):
             return batch
         if not part.samples:
             batch = {name: value[:0] for name, value in batch.items()}
-        return batch | {"skipped": list(skipped.items())}
+        return cast(Batch, batch | {"skipped": list(skipped.items())})
 
     def _read(self, epoch: int, sample: int, skipped: dict[str, str]) -> Record | Failure:
         """The record of the sample, or of what stands in for it. Files that cannot be read are added to `skipped`."""
@@ -75,15 +74,16 @@ def too_many(skipped: Mapping[str, str], limit: int) -> str:
     )
 
 
-def _collate(records: list[Record]) -> Batch | Failure:
-    batch: Batch = {"files": [record["image_path"] for record in records]}
-    for name, value in records[0].items():
-        if isinstance(value, np.ndarray):
-            shapes = {record[name].shape for record in records}
+def _collate(records: list[Record]) -> dict[str, Any] | Failure:
+    batch: dict[str, Any] = {"files": [record["image_path"] for record in records]}
+    for name, first in records[0].items():
+        if isinstance(first, np.ndarray):
+            values: list[np.ndarray] = [record[name] for record in records]  # type: ignore[literal-required]
+            shapes = {value.shape for value in values}
             if len(shapes) > 1:
                 return Failure(
                     f"{', '.join(batch['files'])}: {name!r} has the shapes {sorted(shapes)} in one batch; "
                     f"the last sample transform should be Pad2DImageBbox"
                 )
-            batch[name] = torch.from_numpy(np.stack([record[name] for record in records]))
+            batch[name] = torch.from_numpy(np.stack(values))
     return batch

@@ -10,7 +10,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from core.data.coco_index import CocoIndex
-from core.detection_input import Record
+from models.record import Record
 
 Key = tuple[int, int]  # epoch, sample
 

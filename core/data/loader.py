@@ -22,11 +22,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from config.image_set import ImageSet, resolve
-from core.data.batch_reader import Batch, BatchReader, SkipBadImages, too_many
+from core.data.batch_reader import BatchReader, SkipBadImages, too_many
 from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset, Failure
 from core.data.sample_order import Part, Position, epoch_batches, ordered_batches, part_of, spare_samples
 from core.run.parent_process import end_with
+from models.record import Batch
 from operator_cxx.build import usable_cpus
 
 if TYPE_CHECKING:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+from models.record import Batch
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -75,10 +77,10 @@ def usable(gpus: Sequence[int]) -> tuple[int, ...]:
     return tuple(gpu for gpu in gpus if gpu < torch.cuda.device_count())
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on the device; what is no tensor stays as it is."""
-    move = lambda value: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value  # noqa: E731
-    return {name: move(value) for name, value in batch.items()}
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on the device."""
+    moved = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
+    return cast(Batch, moved)
 
 
 def place(module: nn.Module, device: torch.device) -> nn.Module:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import symbol as S
-from core.data.loader import Batch
 from core.distributed.gradient_average import GradientAverage
 from core.distributed.process_group import ALONE, World
 from core.engine.device import place
@@ -20,6 +19,7 @@ from core.engine.schedule import LrSchedule, build_schedule
 from core.engine.step_memory import plan_recompute
 from core.weights.checkpoint import Checkpoint, read_tensors
 from core.weights.first_weights import load_first_weights
+from models.record import Batch, select
 from symbol.passes import in_precision
 from symbol.recompute import Plan
 
@@ -105,12 +105,12 @@ class Trainer:
     def _forward_backward(self, batch: Batch) -> Tensor:
         """The losses (L,) of a batch, whose gradients, times the loss scale, are added to those of others."""
         num_loss = len(self.config.ModelParam.train_symbol)
-        outputs = self.module(**{name: batch[name] for name in self.config.data_name + self.config.label_name})
+        outputs = self.module(**select(batch, self.config.data_name + self.config.label_name))
         losses = torch.stack([loss.reshape(()) for loss in outputs[:num_loss]])  # (L,)
         (losses.sum() * (self.scale.value if self.scale is not None else 1)).backward()
         for metric, span in self.metrics:
-            labels = [batch[name] for name in metric.label_names]
-            metric.update(labels, [output.detach() for output in outputs[span]])
+            labels = select(batch, metric.label_names)
+            metric.update(list(labels.values()), [output.detach() for output in outputs[span]])
         return losses.detach()
 
 
@@ -161,11 +161,7 @@ def _copies(tensors: list[Tensor]) -> list[Tensor]:
 def transform_batches(config: Config, batches: Sequence[Batch]) -> None:
     """What config.transform does with whole batches, all those of a step in one call."""
     for transform in config.transform.batch:
-        if hasattr(transform, "apply_all"):
-            transform.apply_all(batches)
-            continue
-        for batch in batches:
-            transform.apply(batch)
+        transform.apply_step(batches)
 
 
 def build_trainer(

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from core.data.loader import Batch
 from core.distributed.process_group import ALONE, World
 from core.engine import trainer as torch_engine
 from core.engine.precision import Precision
@@ -32,6 +31,7 @@ from core.engine_mxnet.graph import (
 )
 from core.engine_mxnet.kvstore import Kvstore
 from core.weights.checkpoint import Checkpoint
+from models.record import Batch, select
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol
 from symbol.passes import in_precision
@@ -142,14 +142,15 @@ class MxnetTrainer:
             outputs = executor.get_outputs()
             for metric, span in self.metrics:
                 watched = [torch.from_numpy(output.asnumpy()) for output in outputs[span]]
-                metric.update([batch[name] for name in metric.label_names], watched)
+                metric.update(list(select(batch, metric.label_names).values()), watched)
         return losses
 
     def _inputs(self, batch: Batch, place: int) -> Any:
         mx, executor = load_mxnet(), self.executors[place]
         (context,) = executor._context
         labels = [name for name, *_ in executor.label_shapes]
-        data, *given = [mx.nd.array(batch[name].float().numpy(), ctx=context) for name in ["data", *labels]]
+        tensors = select(batch, ["data", *labels]).values()
+        data, *given = [mx.nd.array(tensor.float().numpy(), ctx=context) for tensor in tensors]
         return mx.io.DataBatch([data], given)
 
     def _mean_gradient(self) -> float:

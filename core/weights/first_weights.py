@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from core.weights.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
 from core.weights.params_file import SUFFIX, read_params
-from core.weights.pretrain import find_backbone, load_backbone, variant_of
+from core.weights.pretrain import find_backbone, load_backbone
 from core.weights.simpledet_weights import as_ours
+from models.backbone.resnet import variant_of
 
 if TYPE_CHECKING:
     from config.schema import Config

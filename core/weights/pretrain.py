@@ -19,6 +19,7 @@ from torch import Tensor
 from core.weights.backbone_names import depth_of, has_exported_bottlenecks, is_ignored, is_ours, norm_after, rename
 from core.weights.checkpoint import check_fit, read_tensors
 from core.weights.params_file import read_params
+from models.backbone.resnet import Variant, default_prefix
 
 SUFFIXES = (".safetensors", ".pth", "-0000.params", ".params")
 _HARMLESS_CLAIM = 2**30  # bytes; ResNet-152 has a quarter of them
@@ -28,7 +29,6 @@ _HARMLESS_CLAIM = 2**30  # bytes; ResNet-152 has a quarter of them
 class _Variant:
     """Of ResNets with bottlenecks; {depth} stands for the network's."""
 
-    prefix: str  # ModelParam.pretrain.prefix where it is not set
     stride: str  # where it is
     files: str  # that fit
     get: str  # where to get one
@@ -38,14 +38,12 @@ class _Variant:
 _V1_FILES = "SimpleDet's resnet-v1-{depth}-0000.params, or MXNet's own Gluon resnet{depth}_v1, saved or exported"
 _VARIANTS = {
     "v1": _Variant(
-        prefix="pretrain_model/resnet-v1-{depth}",
         stride="first, 1x1 convolution",
         files=_V1_FILES,
         get=f"What fits is {_V1_FILES}",
         backbone="MSRAResNetV1FPN",
     ),
     "v1b": _Variant(
-        prefix="pretrain_model/resnet{depth}_v1b",
         stride="3x3 convolution",
         files="torchvision's, timm's resnet{depth}.tv_in1k, or GluonCV's resnet{depth}_v1b, saved or exported",
         get="Get one: python3 utils/get_backbone.py --depth {depth}",
@@ -63,18 +61,7 @@ class Backbone:
     variants: frozenset[str]  # v1 or v1b, by the layout of its bottlenecks; none where that does not tell
 
 
-def variant_of(backbone: type) -> str:
-    """Which ResNet a backbone's class builds; a class of the user's own that does not say is taken for v1b."""
-    variant: str = getattr(backbone, "variant", "v1b")
-    return variant
-
-
-def default_prefix(depth: int, variant: str) -> str:
-    """What ModelParam.pretrain.prefix is where it is not set."""
-    return _VARIANTS[variant].prefix.format(depth=depth)
-
-
-def find_backbone(prefix: str | None, depth: int, variant: str) -> Path:
+def find_backbone(prefix: str | None, depth: int, variant: Variant) -> Path:
     """The file that ModelParam.pretrain.prefix means: a path, with or without its suffix; None: the usual one.
 
     Raises:

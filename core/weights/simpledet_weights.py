@@ -8,7 +8,6 @@ NAS-FPN: some versions of its models/NASFPN/builder.py name the neck's BatchNorm
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from config.simpledet.names import neck_norm_name
+
 if TYPE_CHECKING:
     from config.schema import NormalizeParam
-
-_NECK_NORM = re.compile(r"^(S\d+_P\d_\d+_bn)(?=_(?!neck)|$)")
-
-
-def neck_norm_name(name: str) -> str:
-    """Our name of a neck's BatchNorm, or of a parameter of it: S7_P6_7_bn is S7_P6_7_bn_neck. Others stay."""
-    return _NECK_NORM.sub(r"\1_neck", name)
 
 
 def as_ours(

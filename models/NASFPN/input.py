@@ -1,7 +1,7 @@
 """Input transforms of the NAS-FPN recipes: resize by the longer side and crop a window of the input's size.
 
 Boxes are (G, 5) float32: xyxy with inclusive corners, in pixels of the image as it is at that point, and the
-class. `core.detection_input` says what a record holds.
+class. `models.record` says what a record holds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from core.detection_input import Record, input_sides, resize
+from models.record import Record, input_sides, resize
 
 if TYPE_CHECKING:
     from config.schema import ResizeParam

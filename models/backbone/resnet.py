@@ -17,6 +17,10 @@ from symbol import Symbol, var
 from symbol.layers import Normalizer, cast, conv, max_pool, relu
 
 Variant = Literal["v1", "v1b"]
+PRETRAIN_PREFIX: dict[Variant, str] = {  # ModelParam.pretrain.prefix where it is not set
+    "v1": "pretrain_model/resnet-v1-{depth}",
+    "v1b": "pretrain_model/resnet{depth}_v1b",
+}
 Unit = Callable[[Symbol, str, int, int, bool, Normalizer], Symbol]
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 BASIC_BLOCK = (18, 34)  # two 3x3 convolutions; deeper networks squeeze the channels to a quarter and back
@@ -90,3 +94,14 @@ def _resnet(depth: int, unit: Unit, normalizer: Normalizer, fp16: bool, num_filt
             channels = filter
         features.append(x)
     return tuple(features)
+
+
+def variant_of(backbone: type) -> Variant:
+    """Return the variant that a backbone's class builds; v1b for a class of the user's own that does not say."""
+    variant: Variant = getattr(backbone, "variant", "v1b")
+    return variant
+
+
+def default_prefix(depth: int, variant: Variant) -> str:
+    """Return the value of ModelParam.pretrain.prefix where it is not set."""
+    return PRETRAIN_PREFIX[variant].format(depth=depth)

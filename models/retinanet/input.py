@@ -9,6 +9,7 @@ Shapes: N images, G boxes per image, A anchors per cell, H x W cells of a level,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,16 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.record import BatchTransform
 from operator_cxx.anchor import base_anchors, grid_anchors
 from operator_cxx.anchor_target import pyramid_anchor_target
 
 if TYPE_CHECKING:
     from config.schema import AnchorTarget2DParam, NormParam
 
-Record = dict[str, Any]
 
-
-class Norm2DImage:
+class Norm2DImage(BatchTransform):
     """image = (image - mean) / std in float32, and zero in the padding beyond im_info.
 
     Takes (N, 3, height, width) or (N, height, width, 3) tensors, or one numpy image of either layout without
@@ -36,14 +36,14 @@ class Norm2DImage:
         self.p = pNorm
         self._scale: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std (3,) by device, made on first use
 
-    def apply(self, record: Record) -> None:
-        image = record["image"]
-        im_info = record.get("im_info")
+    def apply(self, batch: Any) -> None:
+        image = batch["image"]
+        im_info = batch.get("im_info")
         if isinstance(image, np.ndarray):
             info = None if im_info is None else torch.as_tensor(np.asarray(im_info, np.float32))[None]
-            record["image"] = self._normalize(torch.as_tensor(image)[None], info)[0].numpy()
+            batch["image"] = self._normalize(torch.as_tensor(image)[None], info)[0].numpy()
         else:
-            record["image"] = self._normalize(image, im_info)
+            batch["image"] = self._normalize(image, im_info)
 
     def _normalize(self, image: Tensor, im_info: Tensor | None) -> Tensor:
         last = _is_channel_last(image)
@@ -58,7 +58,7 @@ class Norm2DImage:
         return image
 
 
-class PyramidAnchorTarget2D:
+class PyramidAnchorTarget2D(BatchTransform):
     """Adds what the losses compare the head with.
 
     Reads `gt_bbox`, `im_info` and the shape of `image` (or `data`). It adds, levels in the order of strides:
@@ -79,17 +79,17 @@ class PyramidAnchorTarget2D:
         ]
         self._anchors: dict[tuple[bool, torch.device], Tensor] = {}  # by orientation and device, made on first use
 
-    def apply(self, record: Record) -> None:
-        gt_bbox = record["gt_bbox"]
+    def apply(self, batch: Any) -> None:
+        gt_bbox = batch["gt_bbox"]
         if isinstance(gt_bbox, np.ndarray):
-            im_info = torch.as_tensor(np.asarray(record["im_info"], np.float32))[None]
-            target = self._target(record, torch.as_tensor(gt_bbox)[None], im_info)
-            record.update({name: value[0].numpy() for name, value in target.items()})
+            im_info = torch.as_tensor(np.asarray(batch["im_info"], np.float32))[None]
+            target = self._target(batch, torch.as_tensor(gt_bbox)[None], im_info)
+            batch.update({name: value[0].numpy() for name, value in target.items()})
         else:
-            record.update(self._target(record, gt_bbox, record["im_info"]))
+            batch.update(self._target(batch, gt_bbox, batch["im_info"]))
 
-    def _target(self, record: Record, gt_bbox: Tensor, im_info: Tensor) -> dict[str, Tensor]:
-        portrait = _is_portrait(record, im_info)
+    def _target(self, batch: Any, gt_bbox: Tensor, im_info: Tensor) -> dict[str, Tensor]:
+        portrait = _is_portrait(batch, im_info)
         assign = self.p.assign
         label, delta = pyramid_anchor_target(
             gt_bbox,
@@ -136,7 +136,7 @@ class PyramidAnchorTarget2D:
         return out.flatten(1, 2)
 
 
-class AverageFgCount:
+class AverageFgCount(BatchTransform):
     """Replaces the foreground counts (N,) of images by what every device divides its losses by, N times, at least once.
 
     That is the mean, over the devices and the batches that each adds up for an update, of a batch's total; at least 1.
@@ -145,15 +145,12 @@ class AverageFgCount:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def apply(self, record: Record) -> None:
-        self.apply_all([record])
-
-    def apply_all(self, records: list[Record]) -> None:
-        mean = torch.stack([record[self.name].sum() for record in records]).mean()
+    def apply_step(self, batches: Sequence[Any]) -> None:
+        mean = torch.stack([batch[self.name].sum() for batch in batches]).mean()
         mean = _mean_over_devices(mean).clamp(min=1)
-        for record in records:
+        for batch in batches:
             # a batch without images is divided by it too
-            record[self.name] = mean.expand(max(1, len(record[self.name]))).clone()
+            batch[self.name] = mean.expand(max(1, len(batch[self.name]))).clone()
 
 
 def _mean_over_devices(value: Tensor) -> Tensor:
@@ -184,9 +181,9 @@ def _padding(size: torch.Size, im_info: Tensor) -> Tensor:
     return row[:, :, None] | column[:, None, :]
 
 
-def _is_portrait(record: Record, im_info: Tensor) -> bool:
-    """Are the padded images of the record at least as high as wide?"""
-    image = record.get("image", record.get("data"))
+def _is_portrait(batch: Any, im_info: Tensor) -> bool:
+    """Whether the padded images of the batch are at least as high as wide."""
+    image = batch.get("image", batch.get("data"))
     if image is not None:
         last = _is_channel_last(image if image.ndim == 4 else image[None])
         height, width = image.shape[-3:-1] if last else image.shape[-2:]

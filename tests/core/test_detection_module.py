@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from config.load import format_config
 from core import detection_module
-from core.data.loader import Batch
 from core.detection_module import fit
 from core.engine.trainer import Trainer
 from core.weights.checkpoint import latest, load_weights
+from models.record import Batch
 from tests.core.conftest import Run
 from tests.small_run import records, stop_at
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config.schema import Config, General
-from core.data.loader import Batch, make_train_loader
+from core.data.loader import make_train_loader
 from core.engine import precision
 from core.engine.precision import MOST_SKIPPED, LossScale, LossScaleState, Precision, cpu_has_bfloat16
 from core.engine.trainer import Trainer, build_trainer
 from core.weights.checkpoint import latest
+from models.record import Batch
 from tests.core.conftest import Run
 from tests.small_run import records, stop_at
 
