@@ -7,7 +7,7 @@ N images of a batch, M candidates and D detections of an image, C classes. Boxes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,29 +16,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-import symbol as S
 from config.image_set import ImageSet
 from core.data.coco_index import CocoIndex
 from core.data.image import read_image
 from core.data.loader import TestLoader, make_test_loader
-from core.distributed.process_group import ALONE, World
-from core.engine.device import place, select_device, to_device
+from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from core.engine.device import to_device
 from core.engine.out_of_memory import explained_memory
-from core.engine.precision import configure_arithmetic, precision
+from core.engines import choose_engine
+from core.protocol import EngineName
 from core.report.draw import draw_detections
 from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result
 from core.run.experiment import experiment_folder
-from core.weights.checkpoint import find_weights, require_fit
-from core.weights.first_weights import load_given_weights, shapes_of
+from core.weights.checkpoint import find_weights
+from core.weights.first_weights import load_given_weights
 from core.weights.simpledet_weights import as_ours
 from models.record import Batch
 from operator_cxx.nms import nms, soft_nms
-from symbol.passes import in_precision
 
 if TYPE_CHECKING:
     from config.schema import Config
+
+Detector = Callable[..., Sequence[Tensor]]  # a test graph: inputs by name to cls_score, bbox_xyxy
 
 
 @dataclass(frozen=True)
@@ -71,26 +72,14 @@ class TestResult:
         return f"{self.index.image_set.name} has no annotations: nothing to evaluate"
 
 
-def build_test_module(
-    config: Config, weights: Mapping[str, Tensor], device: torch.device, source: str | Path
-) -> nn.Module:
-    """The test graph with these weights. Raises ValueError where they are another network's; `source` is their file."""
-    computed_in, _ = precision(config.General, device)
-    module = S.lower(in_precision(config.ModelParam.test_symbol, computed_in))
-    require_fit(shapes_of(module), weights, source)
-    configure_arithmetic(config.General, computed_in, device)
-    module.load_state_dict(weights)
-    return place(module, device).eval()
-
-
-def detect(config: Config, module: nn.Module, batches: Iterable[Batch], device: torch.device) -> Iterator[Detections]:
-    """Detections of every image of the batches, by the batch transforms of config.test_transform."""
+def detect(config: Config, detector: Detector, batches: Iterable[Batch], device: torch.device) -> Iterator[Detections]:
+    """Yield the detections of every image of the batches, by the batch transforms of config.test_transform."""
     for batch in batches:
         batch = to_device(batch, device)
         for transform in config.test_transform.batch:
             transform.apply(batch)
         with torch.inference_mode():
-            cls_score, bbox_xyxy = module(data=batch["data"], im_info=batch["im_info"])
+            cls_score, bbox_xyxy = detector(data=batch["data"], im_info=batch["im_info"])
             bbox, score, cls = _suppress(config, cls_score, bbox_xyxy)
             bbox = bbox / batch["im_info"][:, None, 2:]
         bbox, score, cls, im_id = bbox.cpu(), score.cpu(), cls.cpu(), batch["im_id"].tolist()
@@ -119,24 +108,23 @@ def _suppress(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, 
 
 def test_image_set(
     config: Config,
-    module: nn.Module,
+    detector: Detector,
     image_set: str | ImageSet,
     folder: Path,
     device: torch.device,
-    rank: int = 0,
-    size: int = 1,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> TestResult | None:
     """Detect in every image, write the result file into `folder`, and evaluate where there are annotations.
 
-    Of `size` processes, torch.distributed's default group, each detects in its share of the images; the first one
-    collects, writes and evaluates what one process would have found, and the others get None.
+    Of several ranks each detects in its share of the images; the main process collects, writes and evaluates what a
+    single process would have found, and the others get None.
     """
-    loader = make_test_loader(config, image_set, rank, size)
+    loader = make_test_loader(config, image_set, group.rank, group.world_size)
     (index,) = loader.dataset.indexes
-    detections = list(detect(config, module, loader, device))
-    if size > 1:
+    detections = list(detect(config, detector, loader, device))
+    if group.world_size > 1:
         detections = gather_detections(loader, detections, device)
-    if rank > 0:
+    if not group.is_main_process:
         return None
     path = folder / result_name(index, str(config.General.name))
     write_result(path, coco_entries(detections, index.category_ids))
@@ -193,21 +181,19 @@ def test(
     checkpoint: Path | None,
     epoch: int | None,
     num_draw: int,
-    world: World = ALONE,
+    group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
-    engine: str = "torch",
+    engine: EngineName = "torch",
 ) -> list[TestResult]:
-    """Test on every image set of the config and print what came of it; see `detection_test.py`.
+    """Test on every image set of the config and print the results; see `detection_test.py`.
 
     checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into
-    `result_folder`. Several processes, `world`, share the images, each on its own `device` (None: the config's
-    first one); the first process writes, prints and returns the results. engine is torch or mxnet. Raises
-    FileNotFoundError and ValueError for weights or images that are missing or do not fit, MemoryError for a batch that
-    does not fit.
+    `result_folder`. The ranks of `group` share the images, each on its own `device` (None: the engine's choice); the
+    main process writes, prints and returns the results. Raises FileNotFoundError and ValueError for weights or images
+    that are missing or do not fit, MemoryError for a batch that does not fit.
     """
-    if engine == "mxnet":
-        device = torch.device("cpu")  # where batches are made and detections are thinned
-    device = device or select_device(config.KvstoreParam.gpus[:1])
+    chosen = choose_engine(engine)
+    device = device or chosen.select_device(config, is_train=False)
     path = checkpoint or find_weights(experiment_folder(config), epoch)
     folder = result_folder(experiment_folder(config), path)
     weights, progress = load_given_weights(path)
@@ -220,21 +206,16 @@ def test(
     graph = config.ModelParam.test_symbol
     expected = {*graph.list_arguments(), *graph.list_auxiliary_states()}
     weights, lines = as_ours(weights, expected, config.NormalizeParam, path)
-    module, notes = build_test_module(config, weights, device, path), [*config.notes, *lines]
-    if engine == "mxnet":
-        from core.engine_mxnet.trainer import MxnetModule  # its operators are built for it alone
-
-        module = MxnetModule(config, weights)
-        notes.append(module.describe())
+    detector, notes = chosen.build_detector(config, weights, device, path)
     folder.mkdir(parents=True, exist_ok=True)
-    if world.is_first:
-        for note in notes:
+    if group.is_main_process:
+        for note in [*config.notes, *lines, *notes]:
             print(note)
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
     for image_set in config.DatasetParam.image_set:
         with explained_memory(config, device, "the test", is_test=True):
-            tested = test_image_set(config, module, image_set, folder, device, world.rank, world.size)
+            tested = test_image_set(config, detector, image_set, folder, device, group)
         if tested is None:
             continue
         print(f"wrote {tested.result}")
@@ -252,8 +233,11 @@ test.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 
 
 def result_folder(experiment: Path, weights: Path) -> Path:
-    """Where a test of these weights writes: the experiment's folder has the results of its newest checkpoint, and those
-    of other weights lie in folders beside them, so that no test replaces the result of other weights."""
+    """Return the folder for the results of these weights.
+
+    The experiment's folder has the results of its newest checkpoint; those of other weights lie in folders beside
+    them, so that no test replaces the result of other weights.
+    """
     try:
         if find_weights(experiment).samefile(weights):
             return experiment

@@ -29,13 +29,14 @@ def run(program: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Completed
     )
 
 
-def test_the_five_published_experiments_are_there() -> None:
+def test_the_published_experiments_are_there() -> None:
     assert PUBLISHED == [
         "retina_r50v1b_fpn_640_1@256_25epoch.py",
         "retina_r50v1b_nasfpn_1024_7@256_25epoch.py",
         "retina_r50v1b_nasfpn_1280_7@384_25epoch.py",
         "retina_r50v1b_nasfpn_640_7@256_25epoch.py",
         "retina_r50v1b_tdbu_1280_3@384_25epoch.py",
+        "retina_r50v1b_tdbu_640_3@384_25epoch.py",
     ]
 
 
@@ -100,7 +101,7 @@ def test_train_interrupt_resume_and_test(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "the same command with --resume goes on from there" in output
+    assert "the same command with --resume continues from there" in output
     assert "Traceback" not in output
     refused = run("detection_train.py", *arguments, cwd=tmp_path)
     assert "add --resume" in refused.stderr

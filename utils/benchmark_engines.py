@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config.load import load_config
+from core.cli import run
 from core.engine import trainer
 from core.engine_mxnet import trainer as mxnet_engine
-from detection_train import run
 from operator_cxx.mxnet_ops import load_mxnet
 from utils.benchmark_step import random_batch
 

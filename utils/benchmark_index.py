@@ -27,9 +27,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config.image_set import ImageSet
+from core.cli import run
 from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset
-from detection_train import run
 
 MIB = 2**20
 CLASSES = 80

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from detection_train import run
+from core.cli import run
 from utils.make_demo_dataset import make_demo_dataset
 
 DEMO = Path(__file__).parents[1] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
@@ -38,7 +38,7 @@ WARM_UP = 2  # steps that are not timed
 
 
 def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str], steps: int) -> float:
-    """Images a second of this process, of `size` that train together: the product's own step, loader and world."""
+    """Images a second of this process, of `size` that train together: the product's own step, loader and group."""
     os.sched_setaffinity(0, {core})
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     import torch
@@ -46,19 +46,19 @@ def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str
 
     from config.load import load_config
     from core.data.loader import make_train_loader
-    from core.distributed.process_group import ALONE, World
+    from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
     from core.engine.trainer import build_trainer
 
     torch.set_num_threads(1)
-    world = ALONE
+    group = SINGLE_PROCESS
     if size > 1:
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
-        world = World(rank, size)
+        group = ProcessGroup(rank, size)
     sets = [*overrides, f"KvstoreParam.processes={size}", "KvstoreParam.gpus=()", "General.loader_worker=0"]
     config = load_config(str(DEMO), is_train=True, overrides=sets)
     loader = make_train_loader(config, rank=rank, size=size)
     loader.end_step = WARM_UP + steps
-    trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, world)
+    trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, group)
     num_image, began = 0, 0.0
     for step, batch in enumerate(loader):
         if step == WARM_UP:

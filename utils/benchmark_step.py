@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from config.load import load_config
 from config.schema import Config
+from core.cli import run
 from core.engine.device import peak_memory, select_device
 from core.engine.trainer import Trainer, build_trainer
-from detection_train import run
 from models.record import Batch, select
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from itertools import count
@@ -27,6 +28,7 @@ from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset, Failure
 from core.data.sample_order import Part, Position, epoch_batches, ordered_batches, part_of, spare_samples
 from core.run.parent_process import end_with
+from core.weights.checkpoint import Progress
 from models.record import Batch
 from operator_cxx.build import usable_cpus
 
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class TrainLoader:
-    """The training batches of one of `size` processes, up to step `end_step` (None: without end), across epochs.
+    """The training batches of one of `size` processes, up to the end of epoch `end_epoch` (None: without end).
 
     A step takes `accumulate` batches of `batch_image` images in each process; all processes together see every sample
     of an epoch once. It starts at `start`, also in the middle of an epoch: with the images per step that were used
@@ -56,7 +58,7 @@ class TrainLoader:
         rank: int = 0,
         size: int = 1,
         start: Position = Position(),  # noqa: B008 (it is immutable)
-        end_step: int | None = None,
+        end_epoch: int | None = None,
         bad_image_limit: int | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -69,10 +71,10 @@ class TrainLoader:
         self.rank = rank
         self.size = size
         self.start = start
-        self.end_step = end_step
         self._portrait = None if square else dataset.portrait
         self._skip = None if bad_image_limit is None else SkipBadImages(bad_image_limit, self._spares)
         self.iter_per_epoch = len(self._batches(Position()))
+        self.end_step = sys.maxsize if end_epoch is None else end_epoch * self.iter_per_epoch
 
     def __iter__(self) -> Generator[Batch]:
         return _read(BatchReader(self.dataset, self._skip), self._parts(), self.num_worker, self.pin_memory)
@@ -109,7 +111,7 @@ class TrainLoader:
         step = self.start_step
         for epoch in count(self.start.epoch):
             for samples in self._batches(self._begin(epoch)):
-                if self.end_step is not None and step >= self.end_step:
+                if step >= self.end_step:
                     return
                 for number in range(self.accumulate):  # as if each were a process of its own
                     yield part_of(epoch, samples, self.rank * self.accumulate + number, self.size * self.accumulate)
@@ -163,15 +165,24 @@ class TestLoader:
         return [place for turn in turns for place in range(starts[turn], starts[turn + 1])]
 
 
-def make_train_loader(config: Config, rank: int = 0, size: int = 1, num_device: int = 1) -> TrainLoader:
-    """The training batches, of General.batch_image images, of one of an experiment's processes and its devices.
+def make_train_loader(
+    config: Config, rank: int = 0, size: int = 1, num_device: int = 1, start: Progress | None = None
+) -> TrainLoader:
+    """Return the training batches of General.batch_image images for one of an experiment's processes and its devices.
 
-    Raises what `open_index` and `DetectionDataset` raise.
+    start: the progress of the checkpoint to resume from. Raises what `open_index` and `DetectionDataset` raise, and
+    ValueError for a checkpoint of other samples or another seed.
     """
     data = config.DatasetParam
     required = data.bad_image != "skip"  # otherwise those that are missing are skipped like the others
     indexes = [open_index(resolve(one, data.data_root), require_images=required) for one in data.image_set]
     dataset = DetectionDataset(indexes, config.transform.sample, seed=config.General.seed, flip=data.flip)
+    if start is not None and (start.num_sample, start.seed) != (len(dataset), dataset.seed):
+        raise ValueError(
+            f"the checkpoint was trained with {start.num_sample} samples per epoch and seed {start.seed}; now an "
+            f"epoch has {len(dataset)} samples and the seed is {dataset.seed}: resume with the images and the seed "
+            "that it was trained with"
+        )
     return TrainLoader(
         dataset,
         batch_image=config.General.batch_image,
@@ -181,6 +192,8 @@ def make_train_loader(config: Config, rank: int = 0, size: int = 1, num_device: 
         rank=rank,
         size=size,
         bad_image_limit=data.bad_image_limit if data.bad_image == "skip" else None,
+        start=Position() if start is None else Position(start.epoch, start.sample, start.portrait),
+        end_epoch=config.OptimizeParam.schedule.end_epoch,
         pin_memory=_pins_memory(config),
     )
 

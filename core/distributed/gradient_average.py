@@ -7,22 +7,25 @@ from collections.abc import Iterable
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from core.distributed.process_group import World
+from core.distributed.process_group import ProcessGroup
 
 BUCKET_BYTES = 25 * 2**20
 
 
 class GradientAverage:
-    """Replaces every parameter's gradient by its mean over the processes.
+    """Replaces every parameter's gradient by its mean over the ranks, while the backward pass goes on.
+
+    torch's DistributedDataParallel orders its buckets by the first backward pass that it sees, so that a resumed run
+    would round its sums in another order; here buckets never change and a resumed run repeats bit for bit.
 
     Parameters are put into buckets, the last ones first, as a backward pass reaches them in about that order; a full
-    bucket is sent while the pass goes on. What is in a bucket, and the order in which buckets are sent, never changes:
-    so sums are rounded alike in every step and after every resume. Gradients are views of the buckets: nothing is held
-    twice.
+    bucket is sent while the pass goes on. Gradients are views of the buckets: nothing is held twice.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self.world = world
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], group: ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.group = group
         self._buckets = _in_buckets([p for p in parameters if p.requires_grad][::-1], bucket_bytes)
         self._flat: list[Tensor] = []  # of every bucket: its gradients one after the other, as they travel
         self._views: list[list[Tensor]] = []  # of every bucket: each gradient in it, strided as its parameter
@@ -33,8 +36,8 @@ class GradientAverage:
                 parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
         self.active = False
 
-    def begin(self) -> None:
-        """The next backward pass completes the gradients."""
+    def start(self) -> None:
+        """Expect the gradients to be complete after the next backward pass."""
         if not self._flat:
             self._flat = [bucket[0].new_empty(sum(p.numel() for p in bucket)).detach() for bucket in self._buckets]
             self._views = [_views(flat, bucket) for flat, bucket in zip(self._flat, self._buckets, strict=True)]
@@ -44,18 +47,18 @@ class GradientAverage:
                     view.zero_()
                 else:
                     view.copy_(parameter.grad)
-                parameter.grad = view  # to which the pass adds
+                parameter.grad = view  # the pass adds to it
         self._missing = [len(bucket) for bucket in self._buckets]
         self._sent = []
         self.active = True
 
     def finish(self) -> None:
-        """After it: send what is left, and wait for the means."""
+        """Send what is left after that pass, and wait for the means."""
         while len(self._sent) < len(self._buckets):  # a parameter without a gradient holds its bucket back
             self._send(len(self._sent))
         for number, work in enumerate(self._sent):
             work.wait()
-            self._flat[number] /= self.world.size
+            self._flat[number] /= self.group.world_size
         self._sent = []
         self.active = False
 

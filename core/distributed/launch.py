@@ -1,4 +1,4 @@
-"""Several processes from one command, by torch's elastic launcher: a training on every GPU of its config."""
+"""Several processes from one command, by torch's elastic launcher: one per GPU of the config."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ MAX_RESTARTS = 3
 
 
 def launch(script: str, arguments: Sequence[str], num_process: int, again: Sequence[str] = ()) -> int:
-    """Run a script in `num_process` processes of this machine; the exit status of this one.
+    """Run a script in `num_process` processes of this machine and return the exit status.
 
-    Where one is killed, or stalls, all are stopped and started anew, with the arguments `again` too, MAX_RESTARTS
+    Where one is killed, or stalls, all are stopped and restarted, with the arguments `again` too, up to MAX_RESTARTS
     times. An error that the script reports itself ends them all.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step and write a checkpoint
     # processes share the cores: OpenMP would give each of them all
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // num_process)))
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # its story of a failure is a page long
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a failure is a page long
     for attempt in range(MAX_RESTARTS + 1):
         added = [argument for argument in again if attempt and argument not in arguments]
         config = LaunchConfig(
@@ -57,6 +57,11 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
         then = "starting all again" + " from the newest checkpoint" * bool(again)
         print(f"{what}; {then if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
     return 1
+
+
+def torchrun(machines: int, num_process: int) -> str:
+    """Return the command that starts `num_process` processes on each of several machines."""
+    return f"torchrun --nnodes {machines} --nproc-per-node {num_process} --rdzv-backend c10d --rdzv-endpoint HOST"
 
 
 def _ending(status: int) -> str:

@@ -1,6 +1,6 @@
-"""The processes that train together: torch's process group, and what a run asks of it.
+"""The processes that train together: a thin layer over torch.distributed for what a run asks of the others.
 
-A process alone is a world of its own: it has no group, and everything here answers at once.
+A single process has no group: every collective returns at once.
 """
 
 from __future__ import annotations
@@ -21,61 +21,73 @@ RETRY = 75  # the exit status (EX_TEMPFAIL) of a process that lost the others, o
 
 
 class LostProcessError(RuntimeError):
-    """Another process died, or let this one wait for too long."""
+    """Another process died, or did not answer in time."""
 
 
 def launched_size() -> int | None:
-    """How many processes a launcher (core.distributed.launch, or torchrun) started together; None without one."""
+    """Return how many processes a launcher (core.distributed.launch, or torchrun) started; None without one."""
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else None
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among the others."""
+class ProcessGroup:
+    """This process among those that train together."""
 
     rank: int = 0
-    size: int = 1
+    world_size: int = 1
 
     @property
-    def is_first(self) -> bool:
-        """Does this process write the files and the log?"""
+    def is_main_process(self) -> bool:
+        """Whether this process writes the files and the log."""
         return self.rank == 0
 
-    def doing(self, what: str) -> None:
-        """Leave word of what this process is about to do, for the error of a process that waits for it."""
-        if self.size > 1:
-            _store().set(f"doing/{self.rank}", what)
+    def set_status(self, status: str) -> None:
+        """Record what this process is about to do, for the error of a process that waits for it."""
+        if self.world_size > 1:
+            _store().set(f"status/{self.rank}", status)
 
-    def tell(self, line: str) -> None:
-        """Leave a line for the first process's log."""
-        number = _store().add("told", 1)
-        _store().set(f"told/{number}", line)
+    def statuses(self) -> list[str]:
+        """Return the last status of every rank, a line each."""
+        lines = []
+        try:
+            for rank in range(self.world_size):
+                key = f"status/{rank}"
+                known = _store().check([key])
+                lines.append(f"rank {rank} was last: {_store().get(key).decode() if known else 'starting'}")
+        except dist.DistError:  # the store went with the process that held it
+            lines.append("the status of the other ranks is unknown: the process that held them is gone")
+        return lines
 
-    def told(self) -> list[str]:
-        """The lines that were left since the last call; the first process asks."""
-        if self.size == 1:
+    def send_message(self, line: str) -> None:
+        """Send a line to the main process's log."""
+        number = _store().add("sent", 1)
+        _store().set(f"message/{number}", line)
+
+    def receive_messages(self) -> list[str]:
+        """Return the lines sent since the last call; only the main process calls it."""
+        if self.world_size == 1:
             return []
-        first, last = _store().add("heard", 0), _store().add("told", 0)
-        _store().add("heard", last - first)
-        return [_store().get(f"told/{number}").decode() for number in range(first + 1, last + 1)]
+        first, last = _store().add("received", 0), _store().add("sent", 0)
+        _store().add("received", last - first)
+        return [_store().get(f"message/{number}").decode() for number in range(first + 1, last + 1)]
 
-    def of(self, rank: int, name: str, value: str) -> str:
-        """What process `rank` gives under a name that is used once."""
-        if self.rank == rank:
-            _store().set(f"of/{name}", value)
-        return _store().get(f"of/{name}").decode()
+    def broadcast(self, source: int, name: str, value: str) -> str:
+        """Return the value that rank `source` passes, on every rank; each name is used once."""
+        if self.rank == source:
+            _store().set(f"broadcast/{name}", value)
+        return _store().get(f"broadcast/{name}").decode()
 
-    def any(self, wish: bool) -> bool:
-        """Does any process wish it? All wait here for all."""
-        if self.size == 1:
-            return wish
-        flag = torch.tensor(float(wish))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=_control_group())
-        return bool(flag)
+    def any_rank(self, flag: bool) -> bool:
+        """Return True on every rank if `flag` is True on any rank (all-reduce MAX)."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(float(flag))
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=_control_group())
+        return bool(value)
 
     def require_equal(self, values: Mapping[str, float]) -> None:
-        """Raise ValueError where processes differ in one of the values, all under the same names."""
-        if self.size == 1:
+        """Raise ValueError where ranks differ in one of the values; all pass the same names."""
+        if self.world_size == 1:
             return
         own = torch.tensor(list(values.values()), dtype=torch.float64)
         bounds = torch.stack([own, -own])
@@ -87,44 +99,32 @@ class World:
                 "that they share (General.output_root)"
             )
 
-    def mean_(self, tensors: Sequence[Tensor], of_cpu: bool = False) -> None:
-        """Replace the tensors, of one type, by their means over the processes: on the training device, or `of_cpu`."""
-        if self.size == 1 or not tensors:
+    def all_reduce_mean_(self, tensors: Sequence[Tensor], on_cpu: bool = False) -> None:
+        """Replace the tensors, of one dtype, by their means over the ranks: on the training device, or `on_cpu`."""
+        if self.world_size == 1 or not tensors:
             return
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat, group=_control_group() if of_cpu else None)
-        flat /= self.size
+        dist.all_reduce(flat, group=_control_group() if on_cpu else None)
+        flat /= self.world_size
         for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    def whereabouts(self) -> list[str]:
-        """What every process said that it was doing."""
-        lines = []
-        try:
-            for rank in range(self.size):
-                key = f"doing/{rank}"
-                known = _store().check([key])
-                lines.append(f"rank {rank} was last: {_store().get(key).decode() if known else 'starting'}")
-        except dist.DistError:  # the store went with the process that held it
-            lines.append("what the others were doing is not known: the process that held the notes is gone")
-        return lines
 
-
-ALONE = World()
+SINGLE_PROCESS = ProcessGroup()
 
 
 @contextmanager
-def join(device: torch.device) -> Iterator[World]:
-    """The world that a launcher's environment variables describe, joined for the length of the context.
+def join(device: torch.device) -> Iterator[ProcessGroup]:
+    """Join the process group that a launcher's environment variables describe, for the length of the context.
 
-    A process that does not come within NECKLACE_TIMEOUT seconds (600) is given up by the others: communication that
-    fails inside raises LostProcessError, which says what every process was doing.
+    A process that does not answer within NECKLACE_TIMEOUT seconds (600) is given up by the others: communication that
+    fails inside raises LostProcessError with the status of every rank.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     size = launched_size()
     if size is None or size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     limit = timeout()
     try:
@@ -136,20 +136,20 @@ def join(device: torch.device) -> Iterator[World]:
         raise LostProcessError(
             f"{size} processes did not come together within {limit.seconds} s ({TIMEOUT_VARIABLE}): {error}"
         ) from error
-    world = World(dist.get_rank(), dist.get_world_size())
+    group = ProcessGroup(dist.get_rank(), dist.get_world_size())
     try:
-        yield world
+        yield group
     except RuntimeError as error:
         if not _is_of_communication(error):
             raise
-        raise LostProcessError(f"rank {world.rank}: {error}\n" + "\n".join(world.whereabouts())) from error
-    # Not after an error: taking the group down may wait for the others, and the process ends anyway.
+        raise LostProcessError(f"rank {group.rank}: {error}\n" + "\n".join(group.statuses())) from error
+    # Not after an error: destroying the group may wait for the others, and the process ends anyway.
     _groups.clear()
     dist.destroy_process_group()
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """Did another process break it off? gloo's errors are of no type of their own."""
+    """Whether another process caused it. gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or re.search(r"gloo|nccl|process ?group", str(error), re.I) is not None
 
 
@@ -157,7 +157,7 @@ _groups: dict[str, dist.ProcessGroup] = {}
 
 
 def _control_group() -> dist.ProcessGroup | None:
-    """A group for numbers of the CPU: the default one, where that is gloo's."""
+    """Return a group for numbers on the CPU: the default one, where that is gloo's."""
     if dist.get_backend() == "gloo":
         return None
     if "control" not in _groups:
@@ -170,7 +170,7 @@ def _store() -> dist.Store:
 
 
 def timeout() -> timedelta:
-    """How long a process waits for another. Raises ValueError for a NECKLACE_TIMEOUT that is no number of seconds."""
+    """Return how long a process waits for another. Raises ValueError for a NECKLACE_TIMEOUT that is no number."""
     text = os.environ.get(TIMEOUT_VARIABLE, "600")
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"{TIMEOUT_VARIABLE}: expected seconds, got {text!r}")

@@ -42,6 +42,18 @@ def _number(name: str, attributes: Mapping[str, str], key: str, default: float) 
         raise ValueError(f"variable {name}: attribute {key} must be a number, got {text!r}") from None
 
 
+def require_state(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless `state` has the momentum of exactly the trained parameters, given by name and shape."""
+    wrong = sorted(shapes.keys() ^ state.keys())
+    wrong += [name for name, shape in shapes.items() if name in state and tuple(state[name].shape) != shape]
+    if wrong:
+        raise ValueError(
+            f"the optimizer state does not fit this model: {len(wrong)} parameters differ, for example "
+            f"{', '.join(wrong[:4])}. Resume with the config that the checkpoint was trained with, or "
+            "start from its weights alone with --set ModelParam.init_from=<checkpoint>"
+        )
+
+
 class SGD:
     """mom = momentum * mom - lr * (clip(grad) + wd * weight);  weight += mom.
 
@@ -116,14 +128,6 @@ class SGD:
         Raises:
             ValueError: parameters are missing, unknown or of another shape; nothing was loaded.
         """
-        wrong = sorted(self._momentum_buffers.keys() ^ state.keys()) + [
-            name for name, m in self._momentum_buffers.items() if name in state and state[name].shape != m.shape
-        ]
-        if wrong:
-            raise ValueError(
-                f"the optimizer state does not fit this model: {len(wrong)} parameters differ, for example "
-                f"{', '.join(wrong[:4])}. Resume with the config that the checkpoint was trained with, or "
-                "start from its weights alone with --set ModelParam.init_from=<checkpoint>"
-            )
+        require_state({name: tuple(m.shape) for name, m in self._momentum_buffers.items()}, state)
         for name, buffer in self._momentum_buffers.items():
             buffer.copy_(state[name])

@@ -1,8 +1,8 @@
-"""A training step: batches in, an update of the weights out. L losses of the train graph."""
+"""A training step in torch: batches in, an update of the weights out. L losses of the train graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,23 @@ from torch import Tensor, nn
 
 import symbol as S
 from core.distributed.gradient_average import GradientAverage
-from core.distributed.process_group import ALONE, World
+from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from core.engine.device import place
+from core.engine.moving_statistics import MovingStatistics
 from core.engine.optimizer import SGD, multipliers
-from core.engine.precision import LOSS_SCALE, LossScale, Precision, configure_arithmetic, precision
+from core.engine.precision import (
+    LOSS_SCALE,
+    LossScale,
+    LossScaleState,
+    Precision,
+    configure_arithmetic,
+    precision,
+)
 from core.engine.schedule import LrSchedule, build_schedule
 from core.engine.step_memory import plan_recompute
+from core.protocol import StepRecord
 from core.weights.checkpoint import Checkpoint, read_tensors
-from core.weights.first_weights import load_first_weights
+from core.weights.first_weights import first_weights, shapes_of
 from models.record import Batch, select
 from symbol.passes import in_precision
 from symbol.recompute import Plan
@@ -28,19 +37,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """A step, with numbers that are still on the device."""
-
-    step: int
-    lr: float
-    files: list[str]
-    values: Tensor  # (L + 1,) the losses and the gradient norm
-    skipped: Tensor | None = None  # bool (): no update, since a gradient overflowed under the loss scale
-
-
-@dataclass(frozen=True)
 class Trainer:
-    """What a training step needs."""
+    """The network on its device, with all that a step needs."""
 
     config: Config
     device: torch.device
@@ -48,62 +46,65 @@ class Trainer:
     optimizer: SGD
     schedule: LrSchedule
     metrics: list[tuple[Any, slice]]  # each with the span of its outputs among the module's
-    world: World = ALONE
+    group: ProcessGroup = SINGLE_PROCESS
     average: GradientAverage | None = None  # of several processes
     scale: LossScale | None = None  # in float16
     computed_in: Precision = "float32"
-    plan: Plan | None = None  # what is computed again
-    kvstore: None = None  # MXNet's
+    plan: Plan | None = None  # of what is recomputed
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
-        """One update from OptimizeParam.accumulate batches: as many processes with one batch each would make the same.
+        """Make one update from OptimizeParam.accumulate batches: as many processes with one batch each make the same.
 
         All results stay on the device and the host does not wait for it. A step whose gradients are not finite under
         the loss scale leaves weights, momentum and statistics as they were.
         """
         transform_batches(self.config, batches)
-        lr = self.schedule.lr_at(step)
+        accumulates = len(batches) > 1
+        statistics = MovingStatistics(
+            self._read_statistics, self._write_statistics, keep=accumulates or self.scale is not None
+        )
+
+        # forward and backward, batch after batch; the gradients add up
         self.optimizer.zero_grad()
-        statistics = _MovingStatistics(self.module, keep=len(batches) > 1 or self.scale is not None)
         losses = []
         for i, batch in enumerate(batches):
             if i:
-                statistics.begin_again()
+                statistics.restart()
             if self.average is not None and i == len(batches) - 1:
-                self.average.begin()
+                self.average.start()
             losses.append(self._forward_backward(batch))
-            if len(batches) > 1:
+            if accumulates:
                 statistics.add()
         if self.average is not None:
             self.average.finish()
+
+        # gradients of the mean loss, and whether they overflowed
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         if self.scale is not None:
             torch._foreach_mul_(gradients, 1 / (len(batches) * self.scale.value))
-        elif len(batches) > 1:
+        elif accumulates:
             torch._foreach_mul_(gradients, 1 / len(batches))
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        found_inf = None
-        if self.scale is not None:
-            found_inf = ~norm.isfinite()
-            self.scale.update(found_inf)
+        found_inf = ~norm.isfinite() if self.scale is not None else None
+
+        # update
+        lr = self.schedule.lr_at(step)
         self.optimizer.step(lr, found_inf)
-        statistics.finish(self.world if self.config.NormalizeParam.type == "localbn" else ALONE)
-        if found_inf is not None:
-            statistics.restore_where(found_inf)
+        if accumulates:
+            statistics.set_mean()
+        if self.config.NormalizeParam.type == "localbn":
+            self.group.all_reduce_mean_(list(self.module.buffers()))
+        if self.scale is not None and found_inf is not None:
+            (start,), (now,) = statistics.start, self._read_statistics()
+            self._write_statistics([torch.where(found_inf, start, now)])
+            self.scale.update(found_inf)
+
         mean = torch.stack(losses).mean(dim=0)  # (L,)
         files = [path for batch in batches for path in batch["files"]]
         return StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), found_inf)
 
-    def describe(self) -> list[str]:
-        """How it computes, as lines for the log."""
-        return [precision(self.config.General, self.device)[1], *([self.plan.describe()] if self.plan else [])]
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps beside the weights."""
-        return self.optimizer.state_dict() | (self.scale.state_dict() if self.scale is not None else {})
-
     def _forward_backward(self, batch: Batch) -> Tensor:
-        """The losses (L,) of a batch, whose gradients, times the loss scale, are added to those of others."""
+        """Return the losses (L,) of a batch; its gradients, times the loss scale, are added to those of others."""
         num_loss = len(self.config.ModelParam.train_symbol)
         outputs = self.module(**select(batch, self.config.data_name + self.config.label_name))
         losses = torch.stack([loss.reshape(()) for loss in outputs[:num_loss]])  # (L,)
@@ -113,61 +114,57 @@ class Trainer:
             metric.update(list(labels.values()), [output.detach() for output in outputs[span]])
         return losses.detach()
 
+    def _read_statistics(self) -> list[Tensor]:
+        """Return all moving statistics as one tensor: there are hundreds of small ones."""
+        return [torch.cat([buffer.reshape(-1) for buffer in self.module.buffers()])]
 
-class _MovingStatistics:
-    """The moving means and variances of BN in a step of several batches: each batch moves those of the step's begin,
-    and the step ends with the mean of what came of it, as with several processes."""
+    def _write_statistics(self, flat: Sequence[Tensor]) -> None:
+        buffers = list(self.module.buffers())
+        parts = flat[0].split([buffer.numel() for buffer in buffers])
+        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
-    def __init__(self, module: nn.Module, keep: bool) -> None:
-        self._now = list(module.buffers())
-        self._begun = _copies(self._now) if keep else []
-        self._sum: list[Tensor] = []
-        self._num = 0
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.module.state_dict()
 
-    def begin_again(self) -> None:
-        if self._begun:
-            torch._foreach_copy_(self._now, self._begun)
+    def state(self) -> dict[str, Tensor]:
+        return self.optimizer.state_dict() | (self.scale.state_dict() if self.scale is not None else {})
 
-    def add(self) -> None:
-        """A batch has moved them."""
-        self._num += 1
-        if self._sum:
-            torch._foreach_add_(self._sum, self._now)
-        else:
-            self._sum = _copies(self._now)
+    def loss_scale(self) -> LossScaleState | None:
+        return self.scale.read() if self.scale is not None else None
 
-    def restore_where(self, found_inf: Tensor) -> None:
-        """Restore those of the step's start where the bool () found_inf is True, without reading it on the host."""
-        now, begun = (torch.cat([value.reshape(-1) for value in values]) for values in (self._now, self._begun))
-        kept = torch.where(found_inf, begun, now).split([value.numel() for value in self._now])
-        torch._foreach_copy_(self._now, [one.view_as(value) for one, value in zip(kept, self._now, strict=True)])
-
-    def finish(self, world: World) -> None:
-        """The means over the batches, and over the processes of `world`."""
-        if self._sum:
-            torch._foreach_div_(self._sum, self._num)
-            torch._foreach_copy_(self._now, self._sum)
-        world.mean_(self._now)
-
-
-def _copies(tensors: list[Tensor]) -> list[Tensor]:
-    """Made together: there are hundreds of small ones."""
-    copies = [torch.empty_like(tensor) for tensor in tensors]
-    if copies:
-        torch._foreach_copy_(copies, tensors)
-    return copies
+    def describe(self) -> list[str]:
+        return [precision(self.config.General, self.device)[1], *([self.plan.describe()] if self.plan else [])]
 
 
 def transform_batches(config: Config, batches: Sequence[Batch]) -> None:
-    """What config.transform does with whole batches, all those of a step in one call."""
+    """Apply config.transform's batch transforms to all batches of a step."""
     for transform in config.transform.batch:
         transform.apply_step(batches)
 
 
+def metric_spans(config: Config) -> list[tuple[Any, slice]]:
+    """Return each metric with the span of its outputs, which follow those of the train graph."""
+    spans, position = [], len(config.ModelParam.train_symbol)
+    for metric in config.metric_list:
+        spans.append((metric, slice(position, position + len(metric.output_names))))
+        position += len(metric.output_names)
+    return spans
+
+
+def is_trained(config: Config, name: str) -> bool:
+    """Whether a parameter is trained: ModelParam.pretrain.fixed_param names the beginnings of those that are not."""
+    fixed = () if config.ModelParam.from_scratch else tuple(config.ModelParam.pretrain.fixed_param)
+    return not name.startswith(fixed)
+
+
 def build_trainer(
-    config: Config, device: torch.device, iter_per_epoch: int, start: Checkpoint | None, world: World = ALONE
+    config: Config,
+    device: torch.device,
+    iter_per_epoch: int,
+    start: Checkpoint | None,
+    group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Trainer, list[str]]:
-    """The network with its first weights, the optimizer and the schedule; and lines for the log."""
+    """Build the network with its first weights, the optimizer and the schedule. Returns lines for the log too."""
     graph, optimizer_param = config.ModelParam.train_symbol, config.OptimizeParam.optimizer
     internals = graph.get_internals()
     watched = [internals[name] for metric in config.metric_list for name in metric.output_names]
@@ -176,12 +173,12 @@ def build_trainer(
     resize = config.ResizeParam
     plan = plan_recompute(computed, config.ModelParam, config.General.batch_image, resize.short, resize.long)
     module = S.lower(computed, seed=config.General.seed, recompute=plan.segments if plan else ())
-    notes = load_first_weights(module, config, start)
+    tensors, notes = first_weights(shapes_of(module), config, start)
+    module.load_state_dict(tensors, strict=False)
     configure_arithmetic(config.General, computed_in, device)
     place(module, device).train()
-    fixed = () if config.ModelParam.from_scratch else tuple(config.ModelParam.pretrain.fixed_param)
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(not name.startswith(fixed))
+        parameter.requires_grad_(is_trained(config, name))
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = SGD(
         trained.items(),
@@ -192,20 +189,14 @@ def build_trainer(
     )
     scale = LossScale(device) if computed_in == "float16" else None
     if start is not None:
-        _load_state(read_tensors(start.state), optimizer, scale)
-    metrics, position = [], len(graph)
-    for metric in config.metric_list:
-        metrics.append((metric, slice(position, position + len(metric.output_names))))
-        position += len(metric.output_names)
+        state = read_tensors(start.state)
+        scale_state = {name: state.pop(name) for name in [LOSS_SCALE] if name in state}
+        optimizer.load_state_dict(state)
+        if scale is not None:  # the checkpoint may be of a run in another precision
+            scale.load_state_dict(scale_state)
     schedule = build_schedule(config, iter_per_epoch)
-    average = GradientAverage(module.parameters(), world) if world.size > 1 else None
-    trainer = Trainer(config, device, module, optimizer, schedule, metrics, world, average, scale, computed_in, plan)
-    return trainer, notes
-
-
-def _load_state(state: dict[str, Tensor], optimizer: SGD, scale: LossScale | None) -> None:
-    """What `Trainer.state` gave, perhaps in another precision."""
-    scale_state = {name: state.pop(name) for name in [LOSS_SCALE] if name in state}
-    optimizer.load_state_dict(state)
-    if scale is not None:
-        scale.load_state_dict(scale_state)
+    average = GradientAverage(module.parameters(), group) if group.world_size > 1 else None
+    metrics = metric_spans(config)
+    return Trainer(
+        config, device, module, optimizer, schedule, metrics, group, average, scale, computed_in, plan
+    ), notes

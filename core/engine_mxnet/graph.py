@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ import symbol as S
 from core.engine.schedule import LrSchedule
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol
+
+if TYPE_CHECKING:
+    from config.schema import Config
 
 
 def load_symbol(graph: Symbol) -> Any:
@@ -120,3 +123,19 @@ def loss_values(graph: Symbol, module: Any, label: np.ndarray) -> list[float]:
     values = [float(output.asnumpy().sum(dtype=np.float64)) for output in outputs]
     normed = [any(node.op == "_contrib_BBoxNorm" for node in head.nodes()) for head in graph]
     return [value / divisor if is_normed else value for value, is_normed in zip(values, normed, strict=True)]
+
+
+def contexts(config: Config, most: int | None = None) -> list[Any]:
+    """Return MXNet's devices on this machine: the first `most` (None: all) of KvstoreParam.gpus, or of as many CPU
+    devices as KvstoreParam.processes says.
+
+    Raises ValueError for GPUs that MXNet does not find.
+    """
+    mx, gpus = load_mxnet(), config.KvstoreParam.gpus[:most]
+    found = mx.context.num_gpus() if gpus else 0
+    if gpus and max(gpus) >= found:
+        raise ValueError(
+            f"the config asks for the GPUs {','.join(map(str, gpus))}; this MXNet finds {found}: name those that are "
+            "there with --gpus, or add --gpus cpu"
+        )
+    return [mx.gpu(i) for i in gpus] or [mx.cpu(i) for i in range(config.KvstoreParam.processes)][:most]

@@ -16,21 +16,21 @@ from pathlib import Path
 from threading import Timer
 from typing import Any, Self
 
-from core.distributed.process_group import RETRY, World, timeout
+from core.distributed.process_group import RETRY, ProcessGroup, timeout
 from operator_cxx.mxnet_ops import load_mxnet
 
 Arrays = Mapping[str, Any]  # of one device: mx.nd.NDArray by name
 
 
 class Kvstore:
-    """Sums of arrays over `num_device` devices of every machine of `world`.
+    """Sums of arrays over `num_device` devices of every machine of `group`.
 
     kind: local adds up on the CPU, device on the devices, dist_sync does so over all machines' servers.
     """
 
-    def __init__(self, kind: str, num_device: int, world: World) -> None:
-        self.size = num_device * world.size
-        self._world = world
+    def __init__(self, kind: str, num_device: int, group: ProcessGroup) -> None:
+        self.size = num_device * group.world_size
+        self._group = group
         self._known: set[str] = set()
         self._held = ExitStack()
         self._store: Any = None
@@ -38,12 +38,12 @@ class Kvstore:
             return
         mx = load_mxnet()
         # and finds out at once who is lost: MXNet would wait
-        world.require_equal({"number of devices (KvstoreParam)": num_device})
-        if world.size > 1:
-            _start_servers(world, self._held)
+        group.require_equal({"number of devices (KvstoreParam)": num_device})
+        if group.world_size > 1:
+            _start_servers(group, self._held)
         with self._limited():
             self._store = mx.kv.create(kind)
-        if world.size > 1:
+        if group.world_size > 1:
             # waiting for all at its end would hang where one of them failed
             mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(self._store.handle, 0))
 
@@ -54,8 +54,8 @@ class Kvstore:
         """
         if self._store is None:
             return
-        assert len(devices) * self._world.size == self.size
-        self._world.any(False)  # finds out at once who is lost
+        assert len(devices) * self._group.world_size == self.size
+        self._group.any_rank(False)  # finds out at once who is lost
         with self._limited():
             for name, first in devices[0].items():
                 if name not in self._known:
@@ -71,11 +71,11 @@ class Kvstore:
     def _limited(self) -> Iterator[None]:
         """Ends the process where what is inside waits longer than NECKLACE_TIMEOUT for other machines: MXNet would wait
         for ever, and cannot be interrupted."""
-        if self._world.size == 1:
+        if self._group.world_size == 1:
             yield
             return
         seconds = timeout().total_seconds()
-        timer = Timer(seconds, _give_up, [self._world.rank, seconds])
+        timer = Timer(seconds, _give_up, [self._group.rank, seconds])
         timer.daemon = True
         timer.start()
         try:
@@ -89,25 +89,25 @@ class Kvstore:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Ends this machine's server; without an error, when all machines are through with it."""
         if kind is None:
-            self._world.any(False)
+            self._group.any_rank(False)
         self._store = None
         self._held.close()
 
 
-def _start_servers(world: World, held: ExitStack) -> None:
+def _start_servers(group: ProcessGroup, held: ExitStack) -> None:
     """The environment by which MXNet finds its kvstore's processes, and those of this machine, until `held` closes."""
     # as another machine knows the first one, which may take its own name for 127.0.1.1
-    root = world.of(1, "address of the first machine", socket.gethostbyname(os.environ["MASTER_ADDR"]))
-    port = world.of(0, "port of MXNet's scheduler", str(_free_port()))
+    root = group.broadcast(1, "address of the first machine", socket.gethostbyname(os.environ["MASTER_ADDR"]))
+    port = group.broadcast(0, "port of MXNet's scheduler", str(_free_port()))
     os.environ |= {
         "DMLC_PS_ROOT_URI": root,
         "DMLC_PS_ROOT_PORT": port,
-        "DMLC_NODE_HOST": root if world.is_first else _address_towards(root),
-        "DMLC_NUM_WORKER": str(world.size),
-        "DMLC_NUM_SERVER": str(world.size),
+        "DMLC_NODE_HOST": root if group.is_main_process else _address_towards(root),
+        "DMLC_NUM_WORKER": str(group.world_size),
+        "DMLC_NUM_SERVER": str(group.world_size),
         "DMLC_ROLE": "worker",
     }
-    for role in ["scheduler", "server"] if world.is_first else ["server"]:
+    for role in ["scheduler", "server"] if group.is_main_process else ["server"]:
         process = subprocess.Popen(
             [sys.executable, "-m", "core.engine_mxnet.server", str(os.getpid())],
             env=os.environ | {"DMLC_ROLE": role},

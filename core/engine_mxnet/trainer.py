@@ -1,7 +1,4 @@
-"""MXNet as the engine: its executor, its SGD, its kvstore, our operators. All else is what the engine torch uses too.
-
-On CPUs this was tried with MXNet 1.9.1; on GPUs, with a CUDA build of MXNet, it was not.
-"""
+"""A training step in MXNet: its executors, its SGD, its kvstore, our operators. L losses of the train graph."""
 
 from __future__ import annotations
 
@@ -13,27 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from core.distributed.process_group import ALONE, World
-from core.engine import trainer as torch_engine
-from core.engine.precision import Precision
-from core.engine.schedule import LrSchedule
-from core.engine.trainer import StepRecord, transform_batches
+from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from core.engine.moving_statistics import MovingStatistics
+from core.engine.optimizer import require_state
+from core.engine.precision import LOSS_SCALE, Precision
+from core.engine.schedule import LrSchedule, build_schedule
+from core.engine.trainer import is_trained, metric_spans, transform_batches
 from core.engine_mxnet.graph import (
     RateOfStep,
     bind_module,
+    contexts,
     gradients_of,
-    load_symbol,
     loss_values,
     state_of,
     statistics_of,
 )
 from core.engine_mxnet.kvstore import Kvstore
-from core.weights.checkpoint import Checkpoint
+from core.protocol import StepRecord
+from core.weights.checkpoint import Checkpoint, read_tensors
+from core.weights.first_weights import first_weights
 from models.record import Batch, select
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol
+from symbol.initializer import first_value
 from symbol.passes import in_precision
 
 if TYPE_CHECKING:
@@ -41,56 +42,50 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The weights and statistics of an MXNet module, as a checkpoint takes them."""
-
-    module: Any
-    names: list[str]
-
-    def state_dict(self) -> dict[str, Tensor]:
-        state = state_of(self.module)
-        return {name: torch.from_numpy(state[name]) for name in self.names}
-
-
-@dataclass(frozen=True)
 class MxnetTrainer:
-    """What core.detection_module needs of a trainer, by MXNet.
+    """The network on all devices of this machine, one bound module each.
 
-    A process computes on all devices of its machine, each with a module of its own. All of them make the same update,
-    from gradients that the kvstore added up.
+    All modules make the same update, from gradients that the kvstore adds up.
     """
 
     config: Config
     graph: Symbol
-    executors: list[Any]  # a bound mx.mod.Module for every device
+    executors: list[Any]  # one bound mx.mod.Module per device
     kvstore: Kvstore
-    module: Weights
+    names: list[str]  # of parameters and auxiliary states
     schedule: LrSchedule
     metrics: list[tuple[Any, slice]]  # each with the span of its outputs among an executor's
-    device: torch.device  # where batches are made: the CPU
-    world: World = ALONE
-    scale: None = None
+    device: torch.device  # the CPU, where batches are transformed
+    group: ProcessGroup = SINGLE_PROCESS
     computed_in: Precision = "float32"
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
-        """One update from OptimizeParam.accumulate batches for every device, as torch's engine makes it of as many."""
+        """Make one update from OptimizeParam.accumulate batches per device, as the engine torch makes it of as many."""
         transform_batches(self.config, batches)
         num = len(self.executors)
         rounds = [batches[i : i + num] for i in range(0, len(batches), num)]
-        is_local = self.config.NormalizeParam.type == "localbn"
-        statistics = _MovingStatistics(self.executors, keep=len(rounds) > 1, is_local=is_local)
+        accumulates = len(rounds) > 1
+        statistics = MovingStatistics(self._read_statistics, self._write_statistics, keep=accumulates)
+
+        # forward and backward, round after round; the gradients add up
         for executor, batch in zip(self.executors, batches, strict=False):
-            if len(rounds) > 1 or not len(batch["data"]):
+            if accumulates or not len(batch["data"]):
                 _clear(gradients_of(executor))
         losses = []
         for number, parts in enumerate(rounds):
             if number:
-                statistics.begin_again()
+                statistics.restart()
             losses += self._forward_backward(parts)
-            if len(rounds) > 1:
+            if accumulates:
                 statistics.add()
         norm = self._mean_gradient()
-        statistics.finish(self.kvstore)
+
+        # update
+        if accumulates:
+            statistics.set_mean()
+        if self.kvstore.size > 1 and self.config.NormalizeParam.type == "localbn":
+            self._write_statistics([value / self.kvstore.size for value in self._read_statistics()])
+            self.kvstore.add_up([statistics_of(executor) for executor in self.executors])
         for executor in self.executors:
             executor._optimizer.lr_scheduler.step = step
             executor.update()
@@ -98,8 +93,12 @@ class MxnetTrainer:
         mean = np.mean(losses, axis=0)  # (L,)
         return StepRecord(step, self.schedule.lr_at(step), files, torch.tensor([*mean, norm]))
 
+    def weights(self) -> Mapping[str, Tensor]:
+        state = state_of(self.executors[0])
+        return {name: torch.from_numpy(state[name]) for name in self.names}
+
     def state(self) -> dict[str, Tensor]:
-        """The momentum of every trained parameter."""
+        """Return the momentum of every trained parameter."""
         first = self.executors[0]
         names, weights = first._optimizer.idx2name, first.get_params()[0]
         return {
@@ -108,8 +107,10 @@ class MxnetTrainer:
             for i, state in first._updater.states.items()
         }
 
+    def loss_scale(self) -> None:
+        return None
+
     def describe(self) -> list[str]:
-        """How it computes, as lines for the log."""
         where, kvstore = contexts(self.config), self.config.KvstoreParam
         shared = f", gradients added up by kvstore {kvstore.kvstore}" if kvstore.num_device > 1 else ""
         machines = f" on each of {kvstore.machines} machines" if kvstore.machines > 1 else ""
@@ -117,7 +118,7 @@ class MxnetTrainer:
             f"engine: MXNet {load_mxnet().__version__} on {', '.join(map(str, where))}{machines}, in float32{shared}"
         ]
         if self.config.ModelParam.memonger:
-            lines.append("ModelParam.memonger is not read by this engine: nothing is computed again")
+            lines.append("ModelParam.memonger is not read by this engine: nothing is recomputed")
         return lines
 
     def _forward_backward(self, parts: Sequence[Batch]) -> list[list[float]]:
@@ -160,45 +161,15 @@ class MxnetTrainer:
         total = sum(np.square(gradient.asnumpy(), dtype=np.float64).sum() for gradient in gradients[0].values())
         return float(np.sqrt(total) * self.executors[0]._optimizer.rescale_grad)
 
+    def _read_statistics(self) -> list[Any]:
+        """Return copies of the moving statistics of all devices."""
+        return [value.copy() for executor in self.executors for value in statistics_of(executor).values()]
 
-class _MovingStatistics:
-    """BatchNorm's moving means and variances on this machine's devices: each batch moves those of the step's begin, and
-    the step ends with the mean of what came of it."""
-
-    def __init__(self, executors: Sequence[Any], keep: bool, is_local: bool) -> None:
-        self._executors = executors
-        self._is_local = is_local
-        self._begun = [{name: value.copy() for name, value in now.items()} for now in self._now()] if keep else []
-        self._sum: list[dict[str, Any]] = []
-        self._num = 0
-
-    def _now(self) -> list[dict[str, Any]]:
-        return [statistics_of(executor) for executor in self._executors]
-
-    def _set(self, values: Sequence[Mapping[str, Any]]) -> None:
-        for now, wanted in zip(self._now(), values, strict=True):
-            for name, value in wanted.items():
-                now[name][:] = value
+    def _write_statistics(self, values: Sequence[Any]) -> None:
+        now = [value for executor in self.executors for value in statistics_of(executor).values()]
+        for target, value in zip(now, values, strict=True):
+            target[:] = value
         load_mxnet().nd.waitall()
-
-    def begin_again(self) -> None:
-        self._set(self._begun)
-
-    def add(self) -> None:
-        """A batch of every device has moved them."""
-        now, self._num = self._now(), self._num + 1
-        sums = self._sum or [dict.fromkeys(each, 0) for each in now]
-        self._sum = [
-            {name: value + sum[name] for name, value in each.items()} for each, sum in zip(now, sums, strict=True)
-        ]
-
-    def finish(self, kvstore: Kvstore) -> None:
-        """The means over the batches, and over the devices of all machines, where these have each its own."""
-        if self._sum:
-            self._set([{name: value / self._num for name, value in each.items()} for each in self._sum])
-        if kvstore.size > 1 and self._is_local:
-            self._set([{name: value / kvstore.size for name, value in now.items()} for now in self._now()])
-            kvstore.add_up(self._now())
 
 
 def _fit(executor: Any, batch: Any) -> None:
@@ -225,9 +196,9 @@ def _without_labels(batch: Batch) -> Batch:
 
 
 def build_trainer(
-    config: Config, iter_per_epoch: int, start: Checkpoint | None, world: World = ALONE
+    config: Config, iter_per_epoch: int, start: Checkpoint | None, group: ProcessGroup = SINGLE_PROCESS
 ) -> tuple[MxnetTrainer, list[str]]:
-    """The network with its first weights, and lines for the log. `world` has a process for every machine.
+    """Build the network with its first weights, and lines for the log. `group` has one process per machine.
 
     Raises ValueError for what this engine does not do.
     """
@@ -238,19 +209,32 @@ def build_trainer(
             "take localbn, or use the engine torch"
         )
     _let_devices_wait(config, graph)
-    # the first weights, the momentum of a checkpoint and what is trained: as torch has it
-    host = torch.device("cpu")
-    first, notes = torch_engine.build_trainer(config, host, iter_per_epoch, start)
-    trained = {name for name, parameter in first.module.named_parameters() if parameter.requires_grad}
-    state = {name: value.numpy() for name, value in first.module.state_dict().items()}
-    accumulate, executors = config.OptimizeParam.accumulate, []
+    inputs = input_shapes(config, graph)
+    arguments, _, auxiliary = graph.infer_shape(**inputs)
+    shapes = dict(zip(graph.list_arguments(), arguments, strict=True))
+    parameters = {name: shape for name, shape in shapes.items() if name not in inputs}
+    shapes = parameters | dict(zip(graph.list_auxiliary_states(), auxiliary, strict=True))
+    given, notes = first_weights(shapes, config, start)
+    hints, seed = graph.attr_dict(), config.General.seed
+    state = {
+        name: given[name].numpy() if name in given
+        else first_value(name, shape, hints.get(name, {}).get("__init__"), seed)
+        for name, shape in shapes.items()
+    }  # fmt: skip
+    trained = {name: shape for name, shape in parameters.items() if is_trained(config, name)}
+    momentum: dict[str, Tensor] = {}
+    if start is not None:
+        momentum = read_tensors(start.state)
+        momentum.pop(LOSS_SCALE, None)  # of a run in float16
+        require_state(trained, momentum)
+    schedule, accumulate, executors = build_schedule(config, iter_per_epoch), config.OptimizeParam.accumulate, []
     for context in contexts(config):
         executor = bind_module(
             graph,
-            input_shapes(config, graph),
+            inputs,
             state,
             context=context,
-            fixed=sorted(name for name, _ in first.module.named_parameters() if name not in trained),
+            fixed=sorted(parameters.keys() - trained.keys()),
             watched=[name for metric in config.metric_list for name in metric.output_names],
             grad_req="add" if accumulate > 1 else "write",
         )
@@ -258,24 +242,20 @@ def build_trainer(
             kvstore=None,
             optimizer="sgd",
             optimizer_params={
-                "learning_rate": first.schedule.lr,
+                "learning_rate": schedule.lr,
                 "momentum": config.OptimizeParam.optimizer.momentum,
                 "wd": config.OptimizeParam.optimizer.wd,
                 "clip_gradient": config.OptimizeParam.optimizer.clip_gradient,
                 "rescale_grad": 1 / (kvstore.num_device * accumulate),
                 "multi_precision": True,
-                "lr_scheduler": RateOfStep(first.schedule),
+                "lr_scheduler": RateOfStep(schedule),
             },
         )
-        if start is not None:
-            _resume(executor, first.optimizer.state_dict())
+        _load_momentum(executor, momentum)
         executors.append(executor)
-    sums = Kvstore(kvstore.kvstore, len(executors), world)
-    weights = Weights(executors[0], list(state))
-    return (
-        MxnetTrainer(config, graph, executors, sums, weights, first.schedule, first.metrics, host, world),
-        notes,
-    )
+    sums, metrics = Kvstore(kvstore.kvstore, len(executors), group), metric_spans(config)
+    cpu = torch.device("cpu")
+    return MxnetTrainer(config, graph, executors, sums, list(state), schedule, metrics, cpu, group), notes
 
 
 def _let_devices_wait(config: Config, graph: Symbol) -> None:
@@ -313,59 +293,9 @@ def input_shapes(config: Config, graph: Symbol) -> dict[str, tuple[int, ...]]:
     return {name: named[name] for name in graph.list_inputs()}
 
 
-def _resume(executor: Any, momentum: Mapping[str, Tensor]) -> None:
+def _load_momentum(executor: Any, momentum: Mapping[str, Tensor]) -> None:
     mx, optimizer, updater = load_mxnet(), executor._optimizer, executor._updater
     for index, name in optimizer.idx2name.items():
         if name in momentum:
             updater.states[index] = mx.nd.array(momentum[name].numpy())
             updater.states_synced[index] = False  # so that MXNet moves it to the weight's device
-
-
-def contexts(config: Config, most: int | None = None) -> list[Any]:
-    """MXNet's devices on this machine, the first `most` (None: all) of KvstoreParam.gpus, or as many of the CPU as
-    KvstoreParam.processes says.
-
-    Raises ValueError for GPUs that MXNet does not find.
-    """
-    mx, gpus = load_mxnet(), config.KvstoreParam.gpus[:most]
-    found = mx.context.num_gpus() if gpus else 0
-    if gpus and max(gpus) >= found:
-        raise ValueError(
-            f"the config asks for the GPUs {','.join(map(str, gpus))}; this MXNet finds {found}: name those that are "
-            "there with --gpus, or add --gpus cpu"
-        )
-    return [mx.gpu(i) for i in gpus] or [mx.cpu(i) for i in range(config.KvstoreParam.processes)][:most]
-
-
-class MxnetModule(nn.Module):
-    """A test graph on MXNet, called as the lowered module is: inputs by name, outputs as a list."""
-
-    def __init__(self, config: Config, weights: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self._graph = in_precision(config.ModelParam.test_symbol, "float32")
-        (self._context,) = contexts(config, most=1)
-        self._weights = {name: value.float().numpy() for name, value in weights.items()}
-        self._executors: dict[tuple[int, ...], Any] = {}  # by the shape of the images
-
-    def describe(self) -> str:
-        """How it computes, as a line to print."""
-        return f"engine: MXNet {load_mxnet().__version__} on {self._context}, in float32"
-
-    @torch.no_grad()
-    def forward(self, **inputs: Tensor) -> list[Tensor]:
-        mx = load_mxnet()
-        arrays = {name: mx.nd.array(value.numpy(), ctx=self._context) for name, value in inputs.items()}
-        executor = self._executor(arrays)
-        return [torch.from_numpy(output.asnumpy()) for output in executor.forward(is_train=False, **arrays)]
-
-    def _executor(self, inputs: Mapping[str, Any]) -> Any:
-        shape = inputs["data"].shape
-        if shape not in self._executors:
-            mx = load_mxnet()
-            given = {name: mx.nd.array(value, ctx=self._context) for name, value in self._weights.items()}
-            auxiliary = {name: given.pop(name) for name in self._graph.list_auxiliary_states()}
-            arguments = {**given, **{name: value.copy() for name, value in inputs.items()}}
-            self._executors[shape] = load_symbol(self._graph).bind(
-                self._context, arguments, grad_req="null", aux_states=auxiliary
-            )
-        return self._executors[shape]

@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +50,19 @@ class TrainLog:
         self._text.close()
         self._lines.close()
 
-    def waited(self, seconds: float) -> None:
-        """The training loop waited for data. The first time it also waited for what prepares them to start, and no
-        step was done before: speeds count from there."""
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data.
+
+        The first time the loop also waits for workers to start, before any step: the log's speeds count from there.
+        """
+        start = time.perf_counter()
+        yield
         if self._waiting_first:
             self._waiting_first = False
             self.restart_clock()
         else:
-            self._waited += seconds
+            self._waited += time.perf_counter() - start
 
     def restart_clock(self) -> None:
         """What went by since the last step was no training."""
@@ -105,8 +112,8 @@ class NoLog:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def waited(self, seconds: float) -> None:
-        pass
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def restart_clock(self) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from core.weights.params_file import SUFFIX, read_params
 from core.weights.pretrain import find_backbone, load_backbone
 from core.weights.simpledet_weights import as_ours
 from models.backbone.resnet import variant_of
+from symbol.op_table import Shape
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -40,35 +42,29 @@ def params_progress(path: Path) -> Progress:
     return Progress(epoch=int(match[2]) if match else 0, step=0, seed=0, experiment=match[1] if match else path.stem)
 
 
-def load_first_weights(module: nn.Module, config: Config, resumed: Checkpoint | None) -> list[str]:
-    """Load what the config asks for; `resumed` goes before all else. Returns lines for the log.
+def first_weights(
+    shapes: Mapping[str, Shape], config: Config, resumed: Checkpoint | None
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Return the tensors of a network that do not start at random, by name, and lines for the log.
 
-    Raises FileNotFoundError for a missing file and ValueError for one that does not fit; nothing is loaded then.
+    shapes: those of every parameter and auxiliary state. `resumed` takes precedence over what the config asks for.
+    Raises FileNotFoundError for a missing file and ValueError for one that does not fit.
     """
     model = config.ModelParam
     if resumed is not None:
         tensors, progress = load_weights(resumed.weights)
-        require_fit(shapes_of(module), tensors, resumed.weights)
-        module.load_state_dict(tensors)
-        return [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
+        require_fit(shapes, tensors, resumed.weights)
+        return tensors, [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
     if model.init_from is not None:
-        shapes = shapes_of(module)
         given, lines = as_ours(load_given_weights(model.init_from)[0], shapes, config.NormalizeParam, model.init_from)
         fitting, report = keep_fitting(shapes, given, model.init_from)
-        _load_some(module, fitting)
         summary = (
-            f"fine-tuning {model.init_from}: {len(fitting)} of {len(shapes)} tensors loaded, the others start anew"
+            f"fine-tuning {model.init_from}: {len(fitting)} of {len(shapes)} tensors loaded, the others start at random"
         )
-        return [*lines, summary, *report.lines()]
+        return fitting, [*lines, summary, *report.lines()]
     if model.from_scratch:
-        return ["training from scratch: every weight is random"]
+        return {}, ["training from scratch: every weight is random"]
     variant = variant_of(model.backbone)
     path = find_backbone(model.pretrain.prefix, config.BackboneParam.depth, variant)
-    tensors, line = load_backbone(path, shapes_of(module), variant)
-    _load_some(module, tensors)
-    return [line]
-
-
-def _load_some(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    result = module.load_state_dict(tensors, strict=False)
-    assert not result.unexpected_keys
+    tensors, line = load_backbone(path, shapes, variant)
+    return tensors, [line]

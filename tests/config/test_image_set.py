@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -46,8 +45,10 @@ def test_a_name_without_dataset_and_split_is_refused(name: str) -> None:
         resolve(name, "/data")
 
 
-def test_classes_come_in_the_order_of_their_ids(write_coco: Callable[..., ImageSet]) -> None:
-    assert class_names(write_coco({})) == ("dog", "cat")  # ids 3 and 7, written 7 first
+def test_classes_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"categories": [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]}))
+    assert class_names(ImageSet("toy", str(path), str(tmp_path))) == ("dog", "cat")
 
 
 def write(path: Path, text: str) -> ImageSet:

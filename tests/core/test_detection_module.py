@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from config.load import format_config
 from core import detection_module
 from core.detection_module import fit
+from core.engine import engine
 from core.engine.trainer import Trainer
 from core.weights.checkpoint import latest, load_weights
 from models.record import Batch
@@ -139,18 +140,18 @@ def test_a_folder_that_changes_while_a_run_starts_is_left_alone(
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         run()
-    plain = detection_module.build_trainer
+    plain = engine.build_trainer
 
     def overtaken(*arguments: Any) -> Any:
         built = plain(*arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(detection_module, "build_trainer", plain)
+            patch.setattr(engine, "build_trainer", plain)
             stop_at(patch, 8)
             run(resume=True)
         return built
 
     with monkeypatch.context() as patch:
-        patch.setattr(detection_module, "build_trainer", overtaken)
+        patch.setattr(engine, "build_trainer", overtaken)
         with pytest.raises(ValueError, match="changed while this run started"):
             run(resume=True)
     newest = latest(tmp_path / "run")
@@ -240,7 +241,7 @@ def test_boxes_and_images_that_are_left_out_are_counted(run: Run, data_root: Pat
     run(f"DatasetParam.data_root={changed}", "OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
     assert (
         f"8 images (left out: 1 images without a box to train on, {len(of_one)} boxes without area or outside of their "
-        "image, 1 crowd boxes), 16 samples an epoch"
+        "image, 1 crowd boxes), 16 samples per epoch"
     ) in (tmp_path / "run" / "log.txt").read_text()
 
 
@@ -368,4 +369,4 @@ def test_accumulating_is_a_step_of_more_images(run: Run, tmp_path: Path) -> None
         14,
         15,
     ]  # 5 steps of 4 an epoch, as in batches of 4
-    assert "18 samples an epoch, 5 steps" in (tmp_path / "run" / "log.txt").read_text()
+    assert "18 samples per epoch, 5 steps" in (tmp_path / "run" / "log.txt").read_text()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from config.load import load_config
 from config.schema import Config
-from core.distributed.process_group import World
+from core.distributed.process_group import ProcessGroup
 from core.inference import detect
 from core.inference import test as run_test
 from core.weights.checkpoint import Progress, epoch_stem, save_checkpoint
@@ -121,7 +121,7 @@ def test_in_process(rank: int, data_root: Path, folder: Path, size: int, overrid
     """One of several processes: its results, (im_id, path, bytes of the numbers) of each image, and what it printed."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        results = run_test(load(data_root, folder, *overrides), None, None, num_draw=0, world=World(rank, size))
+        results = run_test(load(data_root, folder, *overrides), None, None, num_draw=0, group=ProcessGroup(rank, size))
     images = [
         (image.im_id, image.path, image.bbox.tobytes(), image.score.tobytes(), image.cls.tobytes())
         for tested in results

@@ -17,7 +17,8 @@ import detection_test
 from config.load import format_config, load_config
 from config.schema import Config
 from core import detection_module, inference
-from core.engine_mxnet.trainer import MxnetModule, MxnetTrainer
+from core.engine_mxnet.engine import MxnetDetector
+from core.engine_mxnet.trainer import MxnetTrainer
 from core.weights.checkpoint import load_weights
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.small_run import records, stop_at
@@ -79,8 +80,8 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
     (written,) = (tmp_path / "mxnet").glob("*result.json")
     by_torch = json.loads(written.read_text())
     called = []
-    forward = MxnetModule.forward
-    monkeypatch.setattr(MxnetModule, "forward", lambda self, **inputs: called.append(1) or forward(self, **inputs))
+    call = MxnetDetector.__call__
+    monkeypatch.setattr(MxnetDetector, "__call__", lambda self, **inputs: called.append(1) or call(self, **inputs))
     inference.test(config, path, None, 0, engine="mxnet")
     assert called
     by_mxnet = json.loads(written.read_text())

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 import symbol as S
 from config.load import load_config
 from core.distributed.gradient_average import GradientAverage
-from core.distributed.process_group import World
+from core.distributed.process_group import ProcessGroup
 from symbol.activations import activations
 from symbol.lowering import lower
 from symbol.passes import in_precision
@@ -308,8 +308,8 @@ def with_and_without(rank: int, parts: list[dict[str, Tensor]]) -> list[tuple[in
     for plan in (None, smallest(counted(graph, N=1))):
         calls.clear()
         module = training(graph, plan)
-        average = GradientAverage(module.parameters(), World(rank, 2), bucket_bytes=2000)
-        average.begin()
+        average = GradientAverage(module.parameters(), ProcessGroup(rank, 2), bucket_bytes=2000)
+        average.start()
         step = results(module, parts[rank])
         average.finish()
         step |= {name: p.grad for name, p in module.named_parameters() if p.grad is not None}

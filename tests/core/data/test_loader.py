@@ -40,10 +40,18 @@ def image_set(write_coco: WriteCoco) -> ImageSet:
 
 
 def train(
-    image_set: ImageSet, num_worker: int = 0, long: int = 32, seed: int = 5, batch_image: int = 3, **more: Any
+    image_set: ImageSet,
+    num_worker: int = 0,
+    long: int = 32,
+    seed: int = 5,
+    batch_image: int = 3,
+    end_step: int = sys.maxsize,
+    **more: Any,
 ) -> TrainLoader:
     dataset = DetectionDataset([open_index(image_set)], transforms(32, long), seed=seed, flip=True)
-    return TrainLoader(dataset, batch_image=batch_image, square=long == 32, num_worker=num_worker, **more)
+    loader = TrainLoader(dataset, batch_image=batch_image, square=long == 32, num_worker=num_worker, **more)
+    loader.end_step = end_step
+    return loader
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
@@ -257,7 +265,7 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
             image_set=image_sets, data_root="data", flip=True, bad_image="stop", bad_image_limit=100
         ),
         KvstoreParam=SimpleNamespace(gpus=()),
-        OptimizeParam=SimpleNamespace(accumulate=1),
+        OptimizeParam=SimpleNamespace(accumulate=1, schedule=SimpleNamespace(end_epoch=1)),
         TestParam=SimpleNamespace(batch_image=2),
         ResizeParam=resize,
         transform=SimpleNamespace(sample=transforms(32, long)),
@@ -423,7 +431,7 @@ def test_no_readable_image_is_an_error(image_set: ImageSet, limit: int, message:
 def test_skipping_spares_no_other_error(image_set: ImageSet) -> None:
     dataset = DetectionDataset([open_index(image_set)], [ReadRoiRecord(), Raise(ValueError("not so"))])
     with pytest.raises(ValueError, match=r"^/.*\.png: not so$"):
-        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=0, end_step=1, bad_image_limit=9))
+        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=0, end_epoch=1, bad_image_limit=9))
 
 
 def test_the_config_chooses_what_a_bad_image_does(image_set: ImageSet) -> None:
@@ -452,14 +460,14 @@ class Raise:
 def test_a_users_error_in_a_transform_names_the_image(image_set: ImageSet) -> None:
     dataset = DetectionDataset([open_index(image_set)], [Raise(ValueError("not so"))])
     with pytest.raises(ValueError, match=r"^/.*\.png: not so$"):
-        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=0, end_step=1))
+        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=0, end_epoch=1))
 
 
 @pytest.mark.parametrize("num_worker", [0, 1])
 def test_a_bug_in_a_transform_keeps_its_traceback_and_names_the_image(image_set: ImageSet, num_worker: int) -> None:
     dataset = DetectionDataset([open_index(image_set)], [Raise(ZeroDivisionError("bug"))])
     with pytest.raises(ZeroDivisionError) as caught:
-        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=num_worker, end_step=1))
+        list(TrainLoader(dataset, batch_image=1, square=True, num_worker=num_worker, end_epoch=1))
     told = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
     assert "while preparing" in told
     assert ".png" in told
@@ -468,7 +476,7 @@ def test_a_bug_in_a_transform_keeps_its_traceback_and_names_the_image(image_set:
 def test_images_that_were_not_padded_are_named(image_set: ImageSet) -> None:
     dataset = DetectionDataset([open_index(image_set)], [ReadRoiRecord()])
     with pytest.raises(ValueError, match=r"\.png: 'image' has the shapes .*should be Pad2DImageBbox"):
-        list(TrainLoader(dataset, batch_image=8, square=True, num_worker=0, end_step=1))
+        list(TrainLoader(dataset, batch_image=8, square=True, num_worker=0, end_epoch=1))
 
 
 READ_BY_A_WORKER = """

@@ -12,7 +12,7 @@ from config.load import load_config
 from config.schema import Config
 from core.data.loader import make_train_loader
 from core.distributed.gradient_average import GradientAverage
-from core.distributed.process_group import ALONE, LostProcessError, World, join
+from core.distributed.process_group import SINGLE_PROCESS, LostProcessError, ProcessGroup, join
 from core.engine.trainer import build_trainer
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
@@ -29,10 +29,10 @@ def train(rank: int, size: int, steps: int, overrides: list[str]) -> dict[str, t
     """The state after some steps in float64, in which the order of sums does not show: with few values a channel BN
     carries float32's roundings far."""
     config: Config = load_config(str(DEMO), is_train=True, overrides=overrides)
-    world = World(rank, size) if size > 1 else ALONE
+    group = ProcessGroup(rank, size) if size > 1 else SINGLE_PROCESS
     loader = make_train_loader(config, rank=rank, size=size)
     loader.end_step = steps
-    trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, world)
+    trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, group)
     trainer.module.double().register_forward_pre_hook(_widen, with_kwargs=True)
     buffers = trainer.optimizer._momentum_buffers
     buffers.update({name: buffer.double() for name, buffer in buffers.items()})
@@ -84,12 +84,12 @@ def test_batches_that_a_process_adds_up_are_as_many_processes(
 def averaged(rank: int, bucket_bytes: int) -> list[torch.Tensor]:
     """Gradients of three parameters, of which the second gets none, after two passes; the first is not averaged."""
     parameters = [torch.nn.Parameter(torch.ones(n)) for n in (3, 2, 4)]
-    average = GradientAverage(parameters, World(rank, dist.get_world_size()), bucket_bytes)
+    average = GradientAverage(parameters, ProcessGroup(rank, dist.get_world_size()), bucket_bytes)
     (100 * parameters[0]).sum().backward()
     assert parameters[0].grad is not None
     assert parameters[0].grad.tolist() == [100.0] * 3
     parameters[0].grad = None
-    average.begin()
+    average.start()
     ((rank + 1) * parameters[0].sum() + 10 * (rank + 1) * parameters[2].sum()).backward()
     average.finish()
     return [p.grad for p in parameters if p.grad is not None]
@@ -102,26 +102,30 @@ def test_gradients_are_averaged_whatever_the_buckets(bucket_bytes: int) -> None:
 
 
 def agreed(rank: int) -> tuple[bool, bool, list[float]]:
-    world = World(rank, dist.get_world_size())
+    group = ProcessGroup(rank, dist.get_world_size())
     mean = [torch.full((2,), float(rank)), torch.full((1, 1), 10.0 * rank)]
-    world.mean_(mean)
-    return world.any(rank == 1), world.any(False), [value for part in mean for value in part.flatten().tolist()]
+    group.all_reduce_mean_(mean)
+    return (
+        group.any_rank(rank == 1),
+        group.any_rank(False),
+        [value for part in mean for value in part.flatten().tolist()],
+    )
 
 
 def test_what_processes_ask_of_each_other() -> None:
     assert run_in_processes(agreed) == [(True, False, [0.5, 0.5, 5.0])] * 2
-    assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+    assert (SINGLE_PROCESS.any_rank(True), SINGLE_PROCESS.any_rank(False)) == (True, False)
 
 
 def heard(rank: int) -> list[list[str]]:
-    world = World(rank, dist.get_world_size())
+    group = ProcessGroup(rank, dist.get_world_size())
     rounds = []
     for number in range(2):
         for line in range(rank * (2 - number)):
-            world.tell(f"rank {rank} round {number} line {line}")
-        world.any(False)  # all have told
-        rounds.append(sorted(world.told()) if world.is_first else [])
-        world.any(False)
+            group.send_message(f"rank {rank} round {number} line {line}")
+        group.any_rank(False)  # all have told
+        rounds.append(sorted(group.receive_messages()) if group.is_main_process else [])
+        group.any_rank(False)
     return rounds
 
 

@@ -177,7 +177,7 @@ def test_losses_statistics_last_convolutions_and_weights_are_float32(load: Run, 
     assert seen.conv.count((half, half)) > 20
     assert set(seen.norm) == {(half, single, single)}
     assert record.values.dtype == single
-    assert record.skipped is None if dtype == "bfloat16" else not record.skipped
+    assert record.found_inf is None if dtype == "bfloat16" else not record.found_inf
     state = [*trainer.module.state_dict().values(), *trainer.optimizer.state_dict().values()]
     assert {tensor.dtype for tensor in state} == {single}
     assert {p.grad.dtype for p in trainer.module.parameters() if p.grad is not None} == {single}
@@ -206,14 +206,14 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(load: Run, computed
     momentum = {name: value.clone() for name, value in trainer.optimizer.state_dict().items()}
     trainer = replace(trainer, scale=scaled(2.0**40))
     record = trainer.step([dict(batches[1])], 1)
-    assert record.skipped
+    assert record.found_inf
     assert record.values[:-1].isfinite().all()  # the losses are fine
     assert trainer.scale is not None
     assert trainer.scale.read() == LossScaleState(2.0**39, skipped=1, skipped_in_a_row=1, growth_tracker=0)
     assert all(torch.equal(value, before[name]) for name, value in trainer.module.state_dict().items())
     assert all(torch.equal(value, momentum[name]) for name, value in trainer.optimizer.state_dict().items())
     trainer = replace(trainer, scale=scaled(2.0**10))
-    assert not trainer.step(batches[1:2], 1).skipped
+    assert not trainer.step(batches[1:2], 1).found_inf
     after = trainer.module.state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
     assert changed >= {"cls_pred_weight", "bn0_moving_mean"}

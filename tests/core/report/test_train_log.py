@@ -26,10 +26,11 @@ def test_a_record_has_the_epoch_the_speed_and_the_time_left(tmp_path: Path, monk
     now = [100.0]
     monkeypatch.setattr("core.report.train_log.time.perf_counter", lambda: now[0])
     with TrainLog(tmp_path, start_step=0, end_step=40, iter_per_epoch=20) as log:
-        now[0] = 130.0
-        log.waited(30.0)  # workers start: no part of what follows
-        now[0] = 134.0
-        log.waited(1.0)
+        with log.waiting():  # for workers to start: not counted
+            now[0] = 130.0
+        now[0] = 133.0
+        with log.waiting():
+            now[0] = 134.0
         log.steps(10, num_image=80, values=VALUES)
     (record,) = lines(tmp_path)
     assert record == VALUES | {"step": 10, "epoch": 0.5, "img_per_s": 20.0, "data_wait": 0.25, "eta_s": 12.0}

@@ -51,7 +51,7 @@ CURVES = ("step", "epoch", "lr", "cls_loss", "reg_loss", "fg_acc", "grad_norm")
 NURSERY = """
 import json, os, sys, traceback
 import torch, torch._dynamo
-import core.detection_module, core.distributed.launch, detection_train
+import core.detection_module, core.distributed.launch, core.engine.engine, detection_train
 torch.set_num_threads(1)
 for line in iter(sys.stdin.readline, ""):
     output, arguments = json.loads(line)
@@ -62,8 +62,7 @@ for line in iter(sys.stdin.readline, ""):
         os.dup2(descriptor, 2)
         status = 1
         try:
-            detection_train.run(lambda: detection_train.main(arguments))
-            status = 0
+            status = detection_train.main(arguments)
         except BaseException:
             traceback.print_exc()
         finally:

@@ -11,7 +11,7 @@ from torch import nn
 
 import symbol as S
 from config.schema import Config
-from core.weights.first_weights import load_first_weights, load_given_weights
+from core.weights.first_weights import first_weights, load_given_weights, shapes_of
 from core.weights.params_file import write_params
 from models.retinanet.builder import MSRAResNetV1bFPN, MSRAResNetV1FPN
 from utils.convert_checkpoint import convert
@@ -22,6 +22,13 @@ def small_module(num_filter: int = 2, seed: int = 0) -> nn.Module:
     x = S.BatchNorm(x, name="bn0", fix_gamma=False)
     x = S.Convolution(x, name="cls_pred", num_filter=num_filter, kernel=(1, 1))
     return S.lower(x, seed=seed, data=(1, 3, 8, 8))
+
+
+def load(module: nn.Module, config: Config) -> list[str]:
+    """Load the first weights as a trainer does. Returns the lines for the log."""
+    tensors, lines = first_weights(shapes_of(module), config, None)
+    module.load_state_dict(tensors, strict=False)
+    return lines
 
 
 def config_from(path: Path) -> Config:
@@ -39,8 +46,8 @@ def test_fine_tuning_from_mxnets_checkpoint(tmp_path: Path, suffix: str) -> None
     write_params(path, {name: tensor + 1 for name, tensor in base.state_dict().items()} | {"fc_weight": torch.ones(1)})
     if suffix == ".safetensors":
         convert(path, path := path.with_suffix(suffix))
-    summary, *others = load_first_weights(module, config_from(path), None)
-    assert summary == f"fine-tuning {path}: 5 of 7 tensors loaded, the others start anew"
+    summary, *others = load(module, config_from(path))
+    assert summary == f"fine-tuning {path}: 5 of 7 tensors loaded, the others start at random"
     assert others[0] == "1 not expected: fc_weight"
     assert others[1].startswith("2 of another shape: cls_pred_weight (expected (2, 3, 1, 1), got (4, 3, 1, 1))")
     for name, tensor in module.state_dict().items():
@@ -56,7 +63,7 @@ def test_a_bad_file_changes_nothing(tmp_path: Path, content: bytes | None, messa
     module = small_module()
     before: dict[str, Any] = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_first_weights(module, config_from(path), None)
+        load(module, config_from(path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
@@ -84,7 +91,7 @@ def test_the_backbones_class_says_which_variant_fits(tmp_path: Path, backbone: t
     config.ModelParam.backbone = backbone
     config.ModelParam.pretrain.prefix = str(tmp_path / "a")
     with pytest.raises(ValueError, match=message):
-        load_first_weights(small_module(), config, None)
+        load(small_module(), config)
 
 
 def test_the_usual_place_follows_the_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,4 +100,4 @@ def test_the_usual_place_follows_the_variant(tmp_path: Path, monkeypatch: pytest
     for backbone, place in ((MSRAResNetV1FPN, "resnet-v1-50"), (MSRAResNetV1bFPN, "resnet50_v1b")):
         config.ModelParam.backbone = backbone
         with pytest.raises(FileNotFoundError, match=rf"no pretrained backbone pretrain_model/{place}\.safetensors"):
-            load_first_weights(small_module(), config, None)
+            load(small_module(), config)

@@ -12,10 +12,11 @@ import symbol as S
 from config.load import load_config
 from config.schema import Config, NormalizeParam
 from core.weights.checkpoint import require_fit
-from core.weights.first_weights import load_first_weights, load_given_weights, shapes_of
+from core.weights.first_weights import load_given_weights, shapes_of
 from core.weights.params_file import write_params
 from core.weights.simpledet_weights import as_ours, neck_norm_name
 from symbol.layers import normalizer_factory
+from tests.core.weights.test_first_weights import load as load_first
 from tests.small_config import DEMO, SMALL_NETWORK
 from utils.convert_checkpoint import convert
 
@@ -67,10 +68,10 @@ def test_a_merged_network_computes_the_same(tmp_path: Path, suffix: str, eps: fl
     path = write_merged(tmp_path / "checkpoint-0006.params", trained, eps)
     if suffix == ".safetensors":
         convert(path, path := path.with_suffix(suffix))
-    lines = load_first_weights(module, config_from(path, "fixbn", own_eps), None)
+    lines = load_first(module, config_from(path, "fixbn", own_eps))
     assert lines == [
         f"{path}: SimpleDet merged 2 fixed BatchNorms; they get the mean 0 and the variance 1 - eps",
-        f"fine-tuning {path}: 11 of 11 tensors loaded, the others start anew",
+        f"fine-tuning {path}: 11 of 11 tensors loaded, the others start at random",
     ]
     data = torch.rand(DATA, generator=torch.Generator().manual_seed(0))
     for mode in (True, False):
@@ -87,7 +88,7 @@ def test_merged_norms_are_for_fixed_ones_alone(tmp_path: Path, kind: str) -> Non
     with pytest.raises(
         ValueError, match=rf"{path} was trained by SimpleDet .* such as bn0\..*set NormalizeParam\.type"
     ):
-        load_first_weights(module, config_from(path, kind), None)
+        load_first(module, config_from(path, kind))
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 

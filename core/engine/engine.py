@@ -1,0 +1,75 @@
+"""The engine torch: one process per device, the graph lowered to a torch module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import symbol as S
+from core.distributed.launch import torchrun
+from core.distributed.process_group import ProcessGroup, launched_size
+from core.engine.device import place, require_gpus, select_device, usable
+from core.engine.out_of_memory import explained_memory
+from core.engine.precision import configure_arithmetic, precision
+from core.engine.trainer import Trainer, build_trainer
+from core.weights.checkpoint import Checkpoint, require_fit
+from core.weights.first_weights import shapes_of
+from symbol.passes import in_precision
+
+if TYPE_CHECKING:
+    from config.schema import Config
+
+
+class TorchEngine:
+    """Implements core.protocol.Engine."""
+
+    def num_process(self, config: Config, is_train: bool) -> int:
+        kvstore = config.KvstoreParam
+        if is_train:
+            return kvstore.num_device
+        # a machine with fewer GPUs than the config names may test too
+        return len(usable(kvstore.gpus)) if kvstore.gpus else kvstore.processes
+
+    def require_processes(self, config: Config) -> None:
+        kvstore, launched = config.KvstoreParam, launched_size() or 1
+        if launched == kvstore.num_device:
+            return
+        if kvstore.machines > 1 and launched == 1:
+            raise ValueError(
+                f"KvstoreParam.machines is {kvstore.machines}: start detection_train.py on every machine with "
+                + torchrun(kvstore.machines, kvstore.num_device // kvstore.machines)
+            )
+        raise ValueError(
+            f"the launcher started {launched} processes, and the config is for {kvstore.num_device} devices "
+            "(KvstoreParam.gpus, processes, machines): start one per device, or change the config with --gpus or --set"
+        )
+
+    def select_device(self, config: Config, is_train: bool) -> torch.device:
+        gpus = config.KvstoreParam.gpus
+        if is_train:
+            require_gpus(config)
+        return select_device(gpus if is_train else usable(gpus) or gpus, int(os.environ.get("LOCAL_RANK", "0")))
+
+    @contextmanager
+    def build(
+        self, config: Config, device: torch.device, iter_per_epoch: int, start: Checkpoint | None, group: ProcessGroup
+    ) -> Iterator[tuple[Trainer, list[str]]]:
+        with explained_memory(config, device, "the start"):
+            built = build_trainer(config, device, iter_per_epoch, start, group)
+        yield built
+
+    def build_detector(
+        self, config: Config, weights: Mapping[str, Tensor], device: torch.device, source: str | Path
+    ) -> tuple[Callable[..., Sequence[Tensor]], list[str]]:
+        computed_in, _ = precision(config.General, device)
+        module = S.lower(in_precision(config.ModelParam.test_symbol, computed_in))
+        require_fit(shapes_of(module), weights, source)
+        module.load_state_dict(weights)
+        configure_arithmetic(config.General, computed_in, device)
+        return place(module, device).eval(), []
