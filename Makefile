@@ -20,7 +20,7 @@ OR_NO_COMPILER := || [ $$? -eq 3 ]
 STRICT = $(shell test -e $(BUILT)/necklace_cpu.so && echo NECKLACE_OPS=compiled) \
 	$(shell test -e $(BUILT)/necklace_cuda.so || echo NECKLACE_CUDA=0)
 
-.PHONY: help env ops cuda lint types unit fuzz sanitize test demo bench clean mxnet mxnet-test
+.PHONY: help env ops cuda lint types unit fuzz sanitize portable test demo bench clean mxnet mxnet-test
 
 help:
 	@echo "make env       the environment in $(VENV) (PYTHON=, TORCH= choose interpreter and torch)"
@@ -28,6 +28,7 @@ help:
 	@echo "make demo      draw a data set, train a small detector on it, test it, draw what it finds"
 	@echo "make test      lint, types, tests and, where there is nvcc, the CUDA kernels for all GPUs"
 	@echo "make sanitize  test the compiled operators for memory errors, undefined behaviour and data races"
+	@echo "make portable  run the numeric tests as other processors would: other instructions, one core and two"
 	@echo "make fuzz      read many more damaged files than make test does"
 	@echo "make bench     time a training step of the demo, and the operators"
 	@echo "make mxnet     MXNet 1.9.1 in $(MXNET_VENV), with the operators compiled for it; make mxnet-test: its tests"
@@ -83,6 +84,9 @@ fuzz: env
 
 sanitize: ops
 	PYTHON=$(CURDIR)/$(BIN)/python tests/operator_cxx/sanitize.sh
+
+portable: ops
+	$(BIN)/python tests/portable.py
 
 demo: ops
 	rm -rf "experiments/$(DEMO)"

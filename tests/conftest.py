@@ -1,15 +1,16 @@
-"""What every test uses."""
+"""The number of threads of every test: one, for tensors that are tiny, unless `make portable` asks for more."""
 
-from collections.abc import Iterator
+import os
 
-import pytest
 import torch
 
+THREADS = int(os.environ.get("NECKLACE_TEST_THREADS", "1"))
 
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """The tensors here are tiny: threads would only cost time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+def pytest_configure() -> None:
+    torch.set_num_threads(THREADS)
+
+
+def pytest_runtest_teardown() -> None:
+    """A test may change the number."""
+    torch.set_num_threads(THREADS)

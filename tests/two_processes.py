@@ -21,7 +21,7 @@ _context = get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
 
 
-def run_in_processes(function: Callable[..., Any], *arguments: Any, size: int = 2, timeout: float = 60) -> list[Any]:
+def run_in_processes(function: Callable[..., Any], *arguments: Any, size: int = 2, timeout: float = 300) -> list[Any]:
     """What `function(rank, *arguments)` returned in each process of a group, by rank.
 
     The function must be one of a module, and arguments and results ones that pickle takes; tensors of a CPU are. A

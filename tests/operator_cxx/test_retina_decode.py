@@ -320,7 +320,6 @@ def test_the_threads_change_no_bit():
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         results.append(retina_decode(*inputs, pre_nms_top_n=1000, thresh=0.1, num_anchors=2))
-    torch.set_num_threads(1)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 

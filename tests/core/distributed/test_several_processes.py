@@ -26,7 +26,7 @@ SMALL = [
     "OptimizeParam.schedule.lr_epoch=3",
     "OptimizeParam.warmup.epoch=0.5",
 ]
-TIMEOUT = 180
+TIMEOUT = 300
 
 
 @pytest.fixture(scope="module")

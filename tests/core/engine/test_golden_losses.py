@@ -1,13 +1,14 @@
-"""The losses of the demo's first steps are those of a stored list, so that a refactor shows itself.
+"""The losses of a short training of the demo are those of a stored list, so that a refactor shows itself.
 
-Rounding is carried far: the demo's coarse levels have a few cells, over which BN divides by small deviations, and a
-ReLU on the other side of zero moves gradients by a hundredth. In float32, 100 steps are held to what other summation
-orders did to them, which only shows large errors; the same run in float64 keeps its roundings below 1e-6 for
-a dozen steps, and shows the small ones: a momentum of 0.89, a decay of what should not decay.
-`tests/golden/demo_losses.json` has both lists, and tolerances by range of steps beside the largest differences that
-were measured.
+In float64: two epochs, the second at a tenth of the rate, of which the first 30 steps are held. Rounding is carried far
+in this network, whose coarse levels have a few cells, over which BN divides by small deviations: a ReLU on the other
+side of zero moves gradients by a hundredth. In float32 another processor or number of threads moves single losses by a
+percent after two steps and by half after twenty. In float64 its roundings stay below 1e-9 for 30 steps, and an error
+shows: a momentum of 0.89, a decay of what should not decay. `tests/golden/demo_losses.json` has the list, and
+tolerances by range of steps beside the largest differences that were measured. Float32, in which the demo trains, is
+held at its first step alone.
 
-After a change that is meant to change the losses, write the lists again:
+After a change that is meant to change the losses, write the list again:
 
     python3 -m tests.core.engine.test_golden_losses
 """
@@ -33,19 +34,17 @@ from utils.make_demo_dataset import make_demo_dataset
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "demo_losses.json"
 IMAGES = 83  # 80 of them with boxes: twice, 8 a step, are 20 steps an epoch
-DEMO_IN_100_STEPS = ["OptimizeParam.schedule.end_epoch=5", "OptimizeParam.schedule.lr_epoch=3"]
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+TWO_EPOCHS = ["OptimizeParam.schedule.end_epoch=2", "OptimizeParam.schedule.lr_epoch=1"]
 
 
-def demo_losses(data_root: Path, kind: str, steps: int, *overrides: str) -> list[list[float]]:
-    """(steps, 2): cls_loss and reg_loss of each step, with the network in a type of DTYPES."""
-    sets = [*DEMO_IN_100_STEPS, f"DatasetParam.data_root={data_root}", "General.loader_worker=0", *overrides]
+def demo_losses(data_root: Path, dtype: torch.dtype, steps: int) -> list[list[float]]:
+    """(steps, 2): cls_loss and reg_loss of each step, with the network in float32 or float64."""
+    sets = [*TWO_EPOCHS, f"DatasetParam.data_root={data_root}", "General.loader_worker=0"]
     config = load_config(str(DEMO), is_train=True, overrides=sets)
     loader = make_train_loader(config)
     loader.end_step = steps
     trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None)
-    if kind != "float32":
-        dtype = DTYPES[kind]
+    if dtype == torch.float64:
         trainer.module.to(dtype).register_forward_pre_hook(
             lambda _, positional, inputs: (positional, inputs | {"data": inputs["data"].to(dtype)}), with_kwargs=True
         )
@@ -62,22 +61,27 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def difference(found: list[list[float]], expected: list[list[float]]) -> list[float]:
-    """Of each step, the larger relative difference of its two losses."""
+    """The larger relative difference of the two losses, per step."""
     rows = zip(found, expected, strict=True)
     return [max(abs(a - b) / b if math.isfinite(a) else math.inf for a, b in zip(*row, strict=True)) for row in rows]
 
 
-@pytest.mark.parametrize("kind", DTYPES)
-def test_the_losses_are_those_of_the_list(data_root: Path, kind: str) -> None:
-    golden: dict[str, Any] = json.loads(GOLDEN.read_text())[kind]
+def test_the_losses_are_those_of_the_list(data_root: Path) -> None:
+    golden: dict[str, Any] = json.loads(GOLDEN.read_text())
     expected = golden["losses"]
-    differences = difference(demo_losses(data_root, kind, len(expected)), expected)
+    differences = difference(demo_losses(data_root, torch.float64, len(expected)), expected)
     assert golden["ranges"][-1]["end"] == len(expected)
-    begin = 0
+    start = 0
     for part in golden["ranges"]:
-        largest = max(differences[begin : part["end"]])
-        assert largest <= part["tolerance"], f"steps {begin} to {part['end']}: {differences[begin : part['end']]}"
-        begin = part["end"]
+        held = differences[start : part["end"]]
+        assert max(held) <= part["tolerance"], f"steps {start} to {part['end']}: {held}"
+        start = part["end"]
+
+
+def test_the_first_losses_in_float32(data_root: Path) -> None:
+    """Measured: 4e-6 from those in float64, and 4e-6 between one thread and two."""
+    expected = json.loads(GOLDEN.read_text())["losses"][:1]
+    assert max(difference(demo_losses(data_root, torch.float32, 1), expected)) <= 1e-4
 
 
 def write() -> None:
@@ -87,8 +91,7 @@ def write() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NECKLACE_CACHE"] = f"{folder}/cache"
         make_demo_dataset(Path(folder, "demo"), train=IMAGES, val=1, size=128, seed=0)
-        for kind in DTYPES:
-            content[kind]["losses"] = demo_losses(Path(folder), kind, content[kind]["ranges"][-1]["end"])
+        content["losses"] = demo_losses(Path(folder), torch.float64, content["ranges"][-1]["end"])
     rows = re.sub(r"\[\s+([^\s,]+),\s+([^\s,]+)\s+\]", r"[\1, \2]", json.dumps(content, indent=1))  # a step a line
     GOLDEN.write_text(rows + "\n")
 

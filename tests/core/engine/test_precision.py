@@ -184,17 +184,20 @@ def test_losses_statistics_last_convolutions_and_weights_are_float32(load: Run, 
     assert (trainer.scale is not None) == (dtype == "float16")
 
 
-@pytest.mark.parametrize("dtype, tolerance", [("float16", 5e-3), ("bfloat16", 4e-2)])
-def test_half_precision_follows_float32(load: Run, computed_in: Any, dtype: str, tolerance: float) -> None:
+@pytest.mark.parametrize("dtype, unit", [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_precision_follows_float32(load: Run, computed_in: Any, dtype: str, unit: float) -> None:
+    """From the same weights a loss is an average of many values that are rounded by a unit each; measured: 0.7 units.
+    The gradient's norm carries the roundings of all layers, and of BN over the few values of P7; measured: 3 %. So do
+    the losses of later steps, in which two processors differ as much as two precisions; measured: 0.3 %."""
     values = {}
     for name in ("float32", dtype):
         computed_in(name)
         trainer, batches = make_trainer(load("General.fp16=True"))
         values[name] = torch.stack([trainer.step([batch], i).values for i, batch in enumerate(batches)])
     half, single = values[dtype], values["float32"]  # (steps, L + 1)
-    torch.testing.assert_close(half[:, :-1], single[:, :-1], rtol=tolerance, atol=tolerance)
-    # gradients carry the roundings of all layers, and of BN over the few values of P7
-    torch.testing.assert_close(half[:, -1], single[:, -1], rtol=10 * tolerance, atol=0)
+    torch.testing.assert_close(half[0, :-1], single[0, :-1], rtol=4 * unit, atol=0)
+    torch.testing.assert_close(half[0, -1], single[0, -1], rtol=0.15, atol=0)
+    torch.testing.assert_close(half[1:, :-1], single[1:, :-1], rtol=0.03, atol=0)
     assert not torch.equal(values[dtype], values["float32"])
 
 

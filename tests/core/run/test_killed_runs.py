@@ -41,7 +41,7 @@ KILLS = 50
 LEAST = 10  # kills of each phase: a test that kills nobody, or always at the same moment, shall not pass
 MOST = 100  # kills that the least of each phase may take
 PHASES = ("starting", "training", "writing")
-DEADLINE = 60.0  # seconds of a life
+DEADLINE = 300.0  # seconds of a life
 MINUTES = (0.0001, 0.0001, 0.002)  # General.checkpoint_minutes of a life: after every step, or after about every third
 CURVES = ("step", "epoch", "lr", "cls_loss", "reg_loss", "fg_acc", "grad_norm")
 
