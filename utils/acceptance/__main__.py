@@ -1,6 +1,6 @@
 """A stage as a process.
 
-python3 -m utils.acceptance utils.acceptance.machine --stage 0 --device cuda --out DIR --work DIR --seconds 20
+python3 -m utils.acceptance utils.acceptance.machine --stage 0 --device cuda --out DIR --work DIR --deadline T
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -23,10 +22,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--deadline", type=float, required=True, help="by time.monotonic, which processes share")
     given = parser.parse_args()
     device = torch.device("cuda", 0) if given.device == "cuda" else torch.device("cpu")
-    context = Context(given.stage, device, given.out, given.work, time.monotonic() + given.seconds)
+    context = Context(given.stage, device, given.out, given.work, given.deadline)
     importlib.import_module(given.module).run(context)
     if context.failures:
         sys.exit(f"{len(context.failures)} checks do not hold: {'; '.join(context.failures)}")

@@ -28,13 +28,13 @@ BOUNDS = {"float64": 1e-12, "float32": 5e-5, "TF32": 4e-3, "float16": 4e-3, "bfl
 def run(context: Context) -> None:
     """One row for each operator and precision, and a check for each precision."""
     cpu = torch.device("cpu")
-    config = config_of(NASFPN_640, cpu, "float16", *NARROW)
+    config = config_of(NASFPN_640, cpu, "float16", *NARROW, "NeckParam.num_stage=1")
     batch = scene_batch(config)
     transform_batches(config, [batch])
     inputs = {name: batch[name].double() for name in config.data_name + config.label_name}
     for precision, bound in BOUNDS.items():
-        if context.small and precision in ("TF32", "float16"):
-            context.skip(f"operators in {precision}", "a CPU has no TF32, and is slow in float16")
+        if context.small and precision not in ("float64", "bfloat16"):
+            context.skip(f"operators in {precision}", "in small two precisions hold the comparison together")
             continue
         context.attempt(
             f"operators in {precision}",
@@ -103,7 +103,7 @@ class _Walk(fx.Interpreter):
         if not isinstance(value, Tensor):
             return value
         layout = torch.channels_last if value.ndim == 4 else torch.contiguous_format
-        return value.to(self._device, self._types[source]).contiguous(memory_format=layout)
+        return value.to(self._device, self._types[source], copy=True).contiguous(memory_format=layout)
 
     def _compare(
         self, n: fx.Node, out: Tensor, leaves: list[Tensor], wanted: Tensor, wanted_leaves: list[Tensor]

@@ -85,7 +85,8 @@ class Context:
 
 def child_environment(changes: Mapping[str, str]) -> dict[str, str]:
     """The environment of a process that imports from the root."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **changes}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **changes}
 
 
 def python(*arguments: str) -> list[str]:

@@ -44,6 +44,12 @@ STAGES = (
     Stage(1, "kernels built and loaded", 50, "utils.acceptance.kernels"),
     Stage(2, "the operators' tests", 80, "utils.acceptance.operator_tests"),
     Stage(3, "the device against the CPU", 80, "utils.acceptance.parity"),
+    Stage(4, "training steps", 110, "utils.acceptance.speed", timed=True),
+    Stage(5, "profile of a step", 25, "utils.acceptance.profile_step", timed=True),
+    Stage(6, "options for speed", 45, "utils.acceptance.options", timed=True),
+    Stage(7, "convolutions alone", 20, "utils.acceptance.floor", timed=True),
+    Stage(8, "operators alone", 35, "utils.acceptance.operators", timed=True),
+    Stage(9, "the demo", 75, "utils.acceptance.demo", ahead="utils.acceptance.demo_on_cpu"),
 )
 
 
@@ -88,7 +94,7 @@ def _run_stage(stage: Stage, out: Path, work: Path, device: str, limit: float, o
     output.write(f"=== stage {stage.number}: {stage.name}\n")
     output.flush()
     began = time.monotonic()
-    process = _start(stage.module, stage.number, out, work, device, limit, output)
+    process = _start(stage.module, stage.number, out, work, device, began + limit, output)
     try:
         status = PASSED if process.wait(timeout=limit) == 0 else FAILED
     except subprocess.TimeoutExpired:
@@ -103,10 +109,10 @@ def _run_stage(stage: Stage, out: Path, work: Path, device: str, limit: float, o
 
 
 def _start(
-    module: str, number: int, out: Path, work: Path, device: str, seconds: float, output: IO[str]
+    module: str, number: int, out: Path, work: Path, device: str, deadline: float, output: IO[str]
 ) -> subprocess.Popen[bytes]:
     folders = ["--out", str(out.resolve()), "--work", str(work.resolve())]
-    arguments = ["--stage", str(number), "--device", device, "--seconds", f"{seconds:.1f}", *folders]
+    arguments = ["--stage", str(number), "--device", device, "--deadline", f"{deadline:.1f}", *folders]
     # its own session: all of its processes are stopped together
     return subprocess.Popen(
         python("-m", "utils.acceptance", module, *arguments),
@@ -146,8 +152,8 @@ class _Ahead:
             return
         if self._process is None and not stage.timed:
             out, work, device = self._place
-            left = self._end - time.monotonic()
-            self._process = _start(self._stage.ahead, self._stage.number, out, work, device, left, output)
+            place = (self._stage.ahead, self._stage.number, out, work, device)
+            self._process = _start(*place, self._end, output)
         elif self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGSTOP if stage.timed else signal.SIGCONT)
 

@@ -35,7 +35,7 @@ def run(context: Context) -> None:
         context.attempt(f"no wait in {precision}", partial(_no_wait, context, precision))
     context.attempt("a batch without images", partial(_without_images, context))
     context.attempt("a side stream", partial(_side_stream, context))
-    for deterministic in (False, True):
+    for deterministic in (False,) if context.small else (False, True):
         for precision in ("float32",) if context.small else ("float32", "bfloat16"):
             name = f"the same step twice in {precision}"
             context.attempt(name, partial(_twice, context, precision, deterministic))
@@ -170,7 +170,7 @@ def _twice(context: Context, precision: str, deterministic: bool) -> None:
     what = f"the same steps twice, bit for bit, in {precision}, {mode} mode"
     if deterministic or context.small:
         context.check(what, not differ, **values)
-    else:  # nobody promises it
+    else:  # default mode promises nothing on a GPU
         context.record("the same steps twice in default mode", precision=precision, **values)
 
 
