@@ -111,7 +111,9 @@ def up_sampling(data: Tensor, *, scale: int, **_: Any) -> Tensor:
 
 def slice_like(data: Tensor, like: Tensor, *, axes: tuple[int, ...]) -> Tensor:
     for axis in axes or range(min(data.ndim, like.ndim)):
-        data = data.narrow(axis, 0, like.shape[axis])
+        # where nothing is cut off, a slice's gradient would still be a copy of the whole, in the default layout
+        if data.shape[axis] != like.shape[axis]:
+            data = data.narrow(axis, 0, like.shape[axis])
     return data
 
 

@@ -123,6 +123,17 @@ def test_upsampling_repeats_and_slice_like_cuts():
     assert (run("slice_like", data, like, axes=(-1, 1))[0] == data[:, :2, :, :2]).all()
 
 
+def test_slice_like_that_cuts_nothing_keeps_the_layout_of_its_gradient():
+    data = random(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = torch_ops.slice_like(data, random(2, 3, 4, 4), axes=())
+    above = random(2, 3, 4, 4, seed=1).contiguous(memory_format=torch.channels_last)
+    middle = []
+    data.register_hook(lambda grad: middle.append(grad.is_contiguous(memory_format=torch.channels_last)))
+    out.backward(above)
+    assert middle == [True]
+    assert torch.equal(data.grad, above)
+
+
 @pytest.mark.parametrize("axis, begin, end", [(0, 1, 3), (1, -2, None), (-1, 0, -1), (1, 0, 1)])
 def test_slice_axis(axis, begin, end):
     data = random(4, 5, 6)
