@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import symbol as S
-from core.network_table import network_table
+from core.report.network_table import network_table
 from symbol import lowering, torch_ops
 from utils.acceptance import ap, by_operator, profile_step, report, steps
 from utils.acceptance.context import Context
@@ -200,7 +200,7 @@ def random_entries(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ap_is_pycocotools(seed: int, tmp_path: Path) -> None:
-    evaluation = pytest.importorskip("core.evaluation")
+    evaluation = pytest.importorskip("core.report.evaluation")
     pytest.importorskip("pycocotools")
     boxes, found = random_entries(seed)
     truth = {

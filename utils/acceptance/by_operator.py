@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, fx
 
 import symbol as S
-from core.device import place
-from core.trainer import transform_batches
+from core.engine.device import place
+from core.engine.trainer import transform_batches
+from models.record import select
 from symbol import torch_ops
 from symbol.passes import in_precision
 from utils.acceptance.context import Context, set_tf32
@@ -31,7 +32,8 @@ def run(context: Context) -> None:
     config = config_of(NASFPN_640, cpu, "float16", *NARROW, "NeckParam.num_stage=1")
     batch = scene_batch(config)
     transform_batches(config, [batch])
-    inputs = {name: batch[name].double() for name in config.data_name + config.label_name}
+    given = select(batch, config.data_name + config.label_name)
+    inputs = {name: value.double() for name, value in given.items()}
     for precision, bound in BOUNDS.items():
         if context.small and precision not in ("float64", "bfloat16"):
             context.skip(f"operators in {precision}", "in small two precisions hold the comparison together")

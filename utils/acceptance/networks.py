@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -16,7 +16,9 @@ import torch
 
 from config.load import load_config
 from config.schema import Config, General
-from core.trainer import Trainer, build_trainer
+from core.engine.device import to_device
+from core.engine.trainer import Trainer, build_trainer
+from models.record import Batch
 from utils.acceptance.context import ROOT, set_tf32
 from utils.benchmark_step import random_batch
 from utils.make_demo_dataset import draw_scene
@@ -79,7 +81,7 @@ def trainer_of(config: Config, device: torch.device, precision: str) -> Trainer:
     return trainer
 
 
-def scene_batch(config: Config, num_image: int | None = None) -> dict[str, Any]:
+def scene_batch(config: Config, num_image: int | None = None) -> Batch:
     """A batch on the CPU as the loader gives it, of drawn scenes: on noise all images would look alike from afar, and
     batch normalization would enlarge the rounding of what differs."""
     batch = random_batch(config, torch.device("cpu"))
@@ -88,9 +90,9 @@ def scene_batch(config: Config, num_image: int | None = None) -> dict[str, Any]:
     batch["image"] = torch.from_numpy(np.stack([cv2.resize(scene, (W, H)) for scene in scenes]))
     if num_image is None:
         return batch
-    return {name: value[:num_image] for name, value in batch.items()}
+    return cast(Batch, {name: value[:num_image] for name, value in cast(dict[str, Any], batch).items()})
 
 
-def moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A copy of the batch, which a step may change, on the device."""
-    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Return a copy of the batch, which a step may change, on the device."""
+    return to_device(batch, device)

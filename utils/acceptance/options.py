@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from config.section import fill
-from core.trainer import Trainer, transform_batches
+from core.engine.trainer import Trainer, transform_batches
+from models.record import select
 from symbol import Symbol
 from symbol.graph import Entry, Node
 from symbol.passes import rewrite, with_inputs
@@ -111,9 +112,9 @@ def graphed(trainer: Trainer, images: int) -> Callable[[], object]:
     config = trainer.config
     config.General.batch_image = images
     raw, names = random_batch(config, trainer.device), config.data_name + config.label_name
-    first = dict(raw)
+    first = raw.copy()
     transform_batches(config, [first])
-    inputs = {name: first[name].clone() for name in names}
+    inputs = {name: value.clone() for name, value in select(first, names).items()}
 
     def forward_backward() -> torch.Tensor:
         losses = trainer.module(**inputs)[: len(config.ModelParam.train_symbol)]
@@ -135,10 +136,10 @@ def graphed(trainer: Trainer, images: int) -> Callable[[], object]:
     gradients = [p.grad for p in trainer.module.parameters() if p.grad is not None]
 
     def step() -> torch.Tensor:
-        batch = dict(raw)
+        batch = raw.copy()
         transform_batches(config, [batch])
-        for name in names:
-            inputs[name].copy_(batch[name])
+        for name, value in select(batch, names).items():
+            inputs[name].copy_(value)
         graph.replay()
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         trainer.optimizer.step(1e-9)

@@ -18,8 +18,9 @@ from torch import Tensor
 
 import symbol as S
 from config.schema import Config
-from core.device import place
-from core.trainer import transform_batches
+from core.engine.device import place
+from core.engine.trainer import transform_batches
+from models.record import Batch, select
 from symbol.passes import in_precision
 from utils.acceptance import by_operator, steps
 from utils.acceptance.context import Context, set_tf32
@@ -61,7 +62,7 @@ def _targets(context: Context, name: str, config: Config) -> None:
     same = torch.equal(here["rpn_cls_label"], there["rpn_cls_label"].cpu())
     context.check(f"labels of {name} are equal", same, foreground=int((here["rpn_cls_label"] >= 1).sum()))
     for key in ("rpn_reg_target", "rpn_reg_weight", "data"):
-        off = (here[key] - there[key].cpu()).abs().max().item()
+        off = (select(here, [key])[key] - select(there, [key])[key].cpu()).abs().max().item()
         context.check(f"{key} of {name} agrees", off <= 1e-5, largest_difference=off, bound=1e-5)
 
 
@@ -89,7 +90,7 @@ def _network(context: Context, name: str, path: Any, sets: tuple[str, ...]) -> N
         context.check(what, errors["losses"] <= bound and finite, bound=bound, **errors)
 
 
-def compute(config: Config, batch: dict[str, Any], device: torch.device, precision: str) -> Computed:
+def compute(config: Config, batch: Batch, device: torch.device, precision: str) -> Computed:
     """Losses, gradients and moving statistics of a batch that is transformed, from the first weights.
 
     The batch's numbers are the same for every device and precision: what differs is the network.
@@ -99,7 +100,8 @@ def compute(config: Config, batch: dict[str, Any], device: torch.device, precisi
     module = S.lower(in_precision(config.ModelParam.train_symbol, computed_in), seed=0)
     wide = torch.float64 if precision == "float64" else torch.float32
     place(module, device).train().to(wide)
-    inputs = {name: batch[name].to(device, wide) for name in config.data_name + config.label_name}
+    given = select(batch, config.data_name + config.label_name)
+    inputs = {name: value.to(device, wide) for name, value in given.items()}
     losses = torch.stack([loss.reshape(()) for loss in module(**inputs)])  # (L,)
     scale = FLOAT16_SCALE if precision == "float16" else 1.0
     (losses.sum() * scale).backward()

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from core.device import peak_memory
-from core.out_of_memory import explained_memory
-from core.step_memory import GIB, step_memory
-from core.trainer import Trainer
+from core.engine.device import peak_memory
+from core.engine.out_of_memory import explained_memory
+from core.engine.step_memory import GIB, step_memory
+from core.engine.trainer import Trainer
 from symbol.passes import in_precision
 from utils.acceptance.context import Context, seconds_each, wait
 from utils.acceptance.networks import EXPERIMENTS, NARROW, NASFPN_640, config_of, published, trainer_of
@@ -84,7 +84,7 @@ def stepper(trainer: Trainer, images: int) -> Callable[[], object]:
     trainer.config.General.batch_image = images
     batch = random_batch(trainer.config, trainer.device)
     # a step puts other tensors into the dict, and leaves these as they are
-    return lambda: trainer.step([dict(batch)], 0)
+    return lambda: trainer.step([batch.copy()], 0)
 
 
 def measure(context: Context, path: Path, trainer: Trainer, images: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from core.trainer import Trainer
+from core.engine.trainer import Trainer
+from models.record import Batch
 from utils.acceptance.context import ROOT, Context, wait
 from utils.acceptance.networks import (
     NARROW,
@@ -46,7 +47,7 @@ def _trainer(context: Context, precision: str, *sets: str) -> Trainer:
     return trainer_of(config, context.device, precision)
 
 
-def _batch(trainer: Trainer, num_image: int | None = None) -> dict[str, Any]:
+def _batch(trainer: Trainer, num_image: int | None = None) -> Batch:
     return moved(scene_batch(trainer.config, num_image), trainer.device)
 
 
