@@ -1,4 +1,4 @@
-"""Tests and measures Necklace on a GPU, in stages, within a budget of time.
+"""Test and measure Necklace on a GPU, in stages, within a budget of time.
 
     python3 utils/gpu_acceptance.py --out DIR --budget 540
     python3 utils/gpu_acceptance.py --out DIR --stages 0,3 --device cpu

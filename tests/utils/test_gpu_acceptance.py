@@ -22,7 +22,7 @@ from utils.acceptance.context import Context
 from utils.acceptance.floor import convolutions
 from utils.acceptance.networks import EXPERIMENTS, NARROW, NASFPN_640, config_of, published
 from utils.acceptance.options import cast_behind_convolutions
-from utils.acceptance.stages import STAGES, Stage, run_stages
+from utils.acceptance.stages import BUDGET, STAGES, Stage, run_stages
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -39,8 +39,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_every_stage_runs_in_small_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, str(ROOT / "utils" / "gpu_acceptance.py"), "--out", str(out), "--device", "cpu"]
+    command += ["--budget", "900"]  # enough for a busy machine
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1000)
     assert done.returncode == 0, done.stdout + (out / "output.txt").read_text()[-3000:]
     first, *lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert first["environment"]["torch"] == torch.__version__
@@ -93,6 +94,10 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path: Path, monk
     assert [json.loads(line) for line in stored] == lines
     child = int((work / "child").read_text())
     assert not Path(f"/proc/{child}/cmdline").exists() or not Path(f"/proc/{child}/cmdline").read_bytes()
+
+
+def test_the_stages_share_the_budget() -> None:
+    assert sum(stage.seconds for stage in STAGES) == BUDGET
 
 
 def test_without_time_a_stage_is_not_started(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def _in_order(module: fx.GraphModule, inputs: dict[str, Tensor]) -> list[Tensor]
 
 
 class _Walk(fx.Interpreter):
-    """Runs a lowered graph node by node, on the device and in float64 on the CPU.
+    """Run a lowered graph node by node, on the device and in float64 on the CPU.
 
     A value on its way is float64 on the CPU; beside it is the type that it has on the device.
     """
@@ -137,7 +137,7 @@ def _identity(data: Tensor, **_: Any) -> Tensor:
 
 
 def _is_trained(source: Any) -> bool:
-    """Whether gradients reach a value: labels and moving statistics have none."""
+    """Return True if gradients reach a value: labels and moving statistics have none."""
     if source.op == "get_attr":
         return not str(source.target).endswith(("moving_mean", "moving_var"))
     return not (source.op == "placeholder" and source.target != "data")

@@ -131,5 +131,5 @@ def seconds_each(device: torch.device, work: Callable[[], object], repeats: int,
 
 def set_tf32(on: bool) -> None:
     """Let float32 convolutions and matrix products of a GPU use TF32, or compute them in IEEE float32."""
-    torch.backends.cudnn.allow_tf32 = on
-    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if on else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"

@@ -57,7 +57,7 @@ def _processor() -> str:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command prints; None where there is no such command or it fails."""
+    """Return the output of a command; None where there is no such command or it fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)

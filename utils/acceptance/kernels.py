@@ -18,7 +18,7 @@ def run(context: Context) -> None:
     kinds = ["cpu"] if context.small else ["cpu", "cuda"]
     for kind in kinds:
         began = time.perf_counter()
-        status, printed = context.run(python("operator_cxx/build.py", kind), share=0.8)
+        status, printed = context.run(python("operator_cxx/build.py", kind), share=0.9 if kind == kinds[-1] else 0.4)
         took = time.perf_counter() - began
         context.check(f"the {kind} kernels build", status == 0, seconds=took, says=printed.strip()[-300:])
     if context.small:

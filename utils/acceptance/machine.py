@@ -51,8 +51,8 @@ def copy_rate(device: torch.device, size: int) -> float:
 
 def _settings() -> dict[str, Any]:
     return {
-        "TF32 in cuDNN": torch.backends.cudnn.allow_tf32,
-        "TF32 in matrix products": torch.backends.cuda.matmul.allow_tf32,
+        "float32 convolutions": torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        "float32 matrix products": torch.backends.cuda.matmul.fp32_precision,
         "cudnn.benchmark": torch.backends.cudnn.benchmark,
         "cudnn.deterministic": torch.backends.cudnn.deterministic,
         "threads": torch.get_num_threads(),

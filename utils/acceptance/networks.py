@@ -6,7 +6,6 @@ N images, H x W input sides, G boxes of an image.
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,11 +14,11 @@ import numpy as np
 import torch
 
 from config.load import load_config
-from config.schema import Config, General
+from config.schema import Config
 from core.engine.device import to_device
 from core.engine.trainer import Trainer, build_trainer
 from models.record import Batch
-from utils.acceptance.context import ROOT, set_tf32
+from utils.acceptance.context import ROOT
 from utils.benchmark_step import random_batch
 from utils.make_demo_dataset import draw_scene
 
@@ -39,8 +38,8 @@ NARROW = (
     "ResizeParam.long=256",
 )
 PRECISIONS = {
-    "float32": ("General.fp16=False", "General.bf16=False"),
-    "TF32": ("General.fp16=False", "General.bf16=False"),
+    "float32": ("General.fp16=False", "General.bf16=False", "General.tf32=False"),
+    "TF32": ("General.fp16=False", "General.bf16=False", "General.tf32=True"),
     "float16": ("General.fp16=True", "General.bf16=False"),
     "bfloat16": ("General.fp16=True", "General.bf16=True"),
 }
@@ -55,28 +54,20 @@ class Published(NamedTuple):
 
 
 def published(path: Path) -> Published:
-    """What a published config says of itself."""
+    """Return the published figures that a config states in its docstring."""
     found = re.search(r"(\d+) images a GPU: ([\d.]+) img/s, ([\d.]+) GB a GPU \(published\)", path.read_text("utf-8"))
     assert found, f"{path.name} states no published figures"
     return Published(int(found[1]), float(found[2]), float(found[3]))
 
 
-def has_field(name: str) -> bool:
-    """Whether the config's General has a field."""
-    return name in {field.name for field in fields(General)}
-
-
 def config_of(path: Path, device: torch.device, precision: str, *sets: str) -> Config:
     """The training config of a file on one device, from scratch. PRECISIONS has the names of `precision`."""
     where = "KvstoreParam.gpus=cpu" if device.type == "cpu" else f"KvstoreParam.gpus={device.index}"
-    tf32 = [f"General.tf32={precision == 'TF32'}"] if has_field("tf32") and "32" in precision else []
-    return load_config(path, True, [*PRECISIONS[precision], *tf32, where, "ModelParam.from_scratch=True", *sets])
+    return load_config(path, True, [*PRECISIONS[precision], where, "ModelParam.from_scratch=True", *sets])
 
 
-def trainer_of(config: Config, device: torch.device, precision: str) -> Trainer:
-    """A trainer with its first weights."""
-    if not has_field("tf32"):  # else the config says it
-        set_tf32(precision == "TF32")
+def trainer_of(config: Config, device: torch.device) -> Trainer:
+    """A trainer with its first weights; torch's switches are as the config has them."""
     trainer, _ = build_trainer(config, device, iter_per_epoch=1000, start=None)
     return trainer
 

@@ -61,7 +61,7 @@ def _group(context: Context, group: Callable[[torch.device], Iterator[Case]], ra
 
 
 def _memory_check(context: Context) -> None:
-    """The tests of the smaller operators under compute-sanitizer."""
+    """Run every operator on small tensors under compute-sanitizer."""
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not os.path.exists(tool):
         context.skip("memory check", "there is no compute-sanitizer")

@@ -1,4 +1,4 @@
-"""Stage 6: what is meant to make a step faster, on and off, in one process by turns."""
+"""Stage 6: the options that are meant to make a step faster, each on and off in one process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _benchmark(context: Context, name: str, images: int) -> None:
 
 
 def _channels_last(context: Context, name: str, images: int) -> None:
-    """Off: weights and pixels in the default layout, from which the rest follows."""
+    """Time it on, then off: weights and pixels in the default layout, from which the rest follows."""
     trainer = build(context, NASFPN_640, _precision(context))
     step = stepper(trainer, images)
     on = _time(context, step)
@@ -74,13 +74,13 @@ def _channels_last(context: Context, name: str, images: int) -> None:
 
 
 def _half_predictions(context: Context, name: str, images: int) -> None:
-    """On: the head's last convolutions compute in the half type too, and their results become float32."""
+    """Time it off, then on: the head's last convolutions compute in the half type too; results become float32."""
     off = _time(context, stepper(build(context, NASFPN_640, _precision(context)), images))
     release()
     precision = _precision(context)
     config = config_of(NASFPN_640, context.device, precision, *(NARROW if context.small else ()))
     fill(config.ModelParam, "train_symbol", cast_behind_convolutions(config.ModelParam.train_symbol))
-    trainer = trainer_of(config, context.device, precision)
+    trainer = trainer_of(config, context.device)
     _record(context, name, images, off, _time(context, stepper(trainer, images)))
 
 
@@ -98,7 +98,7 @@ def cast_behind_convolutions(graph: Symbol) -> Symbol:
 
 
 def _cuda_graph(context: Context, name: str, images: int) -> None:
-    """On: forward and backward pass as one CUDA graph; batch transforms and update as they are."""
+    """Time it off, then on: forward and backward pass as one CUDA graph; batch transforms and update as they are."""
     if context.small:
         context.skip(f"{name}, {images} images", "a CPU has no CUDA graphs")
         return
@@ -149,7 +149,7 @@ def graphed(trainer: Trainer, images: int) -> Callable[[], object]:
 
 
 def _compiled(context: Context) -> None:
-    """In a process that can be stopped: a compilation may take minutes."""
+    """Compile in a process that can be stopped: it may take minutes."""
     if context.time_left < LEAST_TO_COMPILE and not context.small:
         context.record("torch.compile", outcome=f"not tried: {context.time_left:.0f} s were left")
         return

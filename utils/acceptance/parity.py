@@ -1,4 +1,4 @@
-"""Stage 3: what the device computes, against the CPU in float64.
+"""Stage 3: the device's numbers against the CPU's in float64.
 
 At its first weights a network of many batch normalizations enlarges a rounding some 100,000 times on the way to its
 gradients (float32 on a CPU is off by 0.6 % for the demo, by 4 % for the narrow NAS-FPN). So float64 is held to 1e-9,
@@ -37,7 +37,7 @@ FLOAT16_SCALE = 2.0**10
 
 
 class Computed(NamedTuple):
-    """What a step computes before its update, on the CPU in float64."""
+    """The results of a step before its update, on the CPU in float64."""
 
     losses: Tensor
     gradients: dict[str, Tensor]

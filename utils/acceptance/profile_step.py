@@ -34,6 +34,8 @@ _CLASSES = (
     ("elementwise", "elementwise"),
 )
 
+_WAITS = re.compile("(Context|Stream|Event) Sync|Stream Wait")  # a profiler may list them beside kernels
+
 
 def run(context: Context) -> None:
     for images in (1,) if context.small else (8, 64):
@@ -86,7 +88,7 @@ def kernels_of(events: Iterable[Any], device: torch.device) -> list[tuple[str, f
     """Name, start and end in microseconds of what ran on the device; on a CPU of its operators, without what
     they call."""
     if device.type == "cuda":
-        chosen = [event for event in events if event.device_type == DeviceType.CUDA]
+        chosen = [event for event in events if event.device_type == DeviceType.CUDA and not _WAITS.match(event.name)]
         return [(event.name, event.time_range.start, event.time_range.end) for event in chosen]
     starts = [(event.name, event.time_range.start, event.self_cpu_time_total) for event in events]
     return [(name, start, start + took) for name, start, took in starts]
@@ -110,8 +112,9 @@ def class_of(name: str) -> str:
 
 def _own_kernels() -> re.Pattern[str]:
     """Names of the kernels in operator_cxx."""
-    sources = [path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.cu*"))]
+    sources = [path.read_text(encoding="utf-8") for path in sorted(HERE.rglob("*.cu*"))]
     names = {name for source in sources for name in re.findall(r"__global__[^({;]*?(\w+)\s*\(", source)}
+    assert names, f"no kernels under {HERE}"
     return re.compile(rf"\b({'|'.join(sorted(names))})\b|necklace::")
 
 

@@ -61,7 +61,7 @@ def _published_and_fastest(context: Context, path: Path, until: float) -> None:
 
 
 def _fits(counted: float) -> bool:
-    """Whether a step of so many GiB by the count may fit, with a tenth for what is not counted."""
+    """Return True if a step of so many GiB by the count may fit, with a tenth for what is not counted."""
     return 1.1 * counted * GIB < torch.cuda.get_device_properties(0).total_memory
 
 
@@ -69,18 +69,18 @@ def build(context: Context, path: Path, precision: str, *sets: str) -> Trainer:
     """A trainer of a published config; on a CPU of its narrow network."""
     release()
     config = config_of(path, context.device, precision, *(NARROW if context.small else ()), *sets)
-    return trainer_of(config, context.device, precision)
+    return trainer_of(config, context.device)
 
 
 def release() -> None:
-    """Give back the memory of what is no longer used."""
+    """Free the memory of trainers and batches that are no longer used."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def stepper(trainer: Trainer, images: int) -> Callable[[], object]:
-    """A step on the same batch of so many random images, which are on the device already."""
+    """Return a function that does a step on one batch of so many random images, which are on the device already."""
     trainer.config.General.batch_image = images
     batch = random_batch(trainer.config, trainer.device)
     # a step puts other tensors into the dict, and leaves these as they are
