@@ -299,7 +299,7 @@ def run_torch(
     return (
         [output.detach().numpy() for output in outputs],
         gradients,
-        {name: buffer.numpy() for name, buffer in module.named_buffers()},
+        {name: module.get_buffer(name).numpy() for name in graph.list_auxiliary_states()},
     )
 
 
