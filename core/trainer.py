@@ -20,8 +20,8 @@ from core.precision import LOSS_SCALE, LossScale, Precision, precision
 from core.schedule import LrSchedule, build_schedule
 from core.step_memory import plan_recompute
 from core.world import ALONE, World
+from symbol.memory import Plan
 from symbol.passes import in_precision
-from symbol.recompute import Plan
 
 if TYPE_CHECKING:
     from config.schema import Config

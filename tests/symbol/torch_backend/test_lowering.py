@@ -19,7 +19,7 @@ def features(data):
 
 
 def train_graph():
-    """A detector with one anchor a cell and two classes on 8x8 cells: [cls_loss, reg_loss]."""
+    """Build a detector with one anchor per cell and two classes on 8x8 cells: [cls_loss, reg_loss]."""
     x = features(var("data"))
     logit = reshape(conv(x, "cls", 2, no_bias=False), (0, 1, 2, -1), "split")
     logit = reshape(S.transpose(logit, axes=(0, 1, 3, 2), name="t"), (0, -3, 0), "logit")
@@ -35,7 +35,7 @@ def train_graph():
 
 
 def predict_graph():
-    """Its prediction: [score, bbox_xyxy]."""
+    """Build its prediction: [score, bbox_xyxy]."""
     x = features(var("data"))
     score = sigmoid(conv(x, "cls", 2, no_bias=False), "score")
     anchors = S._contrib_GenAnchor(score, scales=(2.0,), ratios=(1.0,), feature_stride=4, name="anchor")
@@ -207,7 +207,7 @@ def test_compiled_and_exported_modules_agree(make, inputs, known):
             torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad)
 
 
-def test_everything_that_torch_is_not_asked_to_do_is_named_at_once():
+def test_all_refused_attributes_are_reported_at_once():
     x, y = var("x"), var("y")
     refused = {
         "bilinear": S.UpSampling(x, scale=2, sample_type="bilinear", name="bilinear"),

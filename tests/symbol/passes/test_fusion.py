@@ -4,7 +4,7 @@ import torch
 import symbol as S
 from config.load import load_config
 from symbol import Group, lower, var
-from symbol.fusion import fuse_losses
+from symbol.passes import fuse_losses
 
 DEMO = "config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py"
 FUSED = ("_focal_loss_levels", "_smooth_l1_levels")
@@ -20,13 +20,13 @@ def conv(data, name, num_filter):
 
 
 def logits(data, name, anchors=2, classes=3):
-    """(N, A*H*W, C) from a map (N, A*C, H, W)."""
+    """Return (N, A*H*W, C) from a map (N, A*C, H, W)."""
     x = S.Reshape(conv(data, name, anchors * classes), shape=(0, anchors, classes, -1))
     return S.Reshape(S.transpose(x, axes=(0, 1, 3, 2)), shape=(0, -3, 0))
 
 
 def deltas(data, name, rows=8):
-    """(N, R, H*W) from a map (N, R, H, W)."""
+    """Return (N, R, H*W) from a map (N, R, H, W)."""
     return S.Reshape(conv(data, name, rows), shape=(0, 0, -1))
 
 
@@ -46,7 +46,7 @@ def box_product(parts=None, weight=None, x=None):
 def losses_and_gradients(graph, monkeypatch, fused, **inputs):
     with monkeypatch.context() as patch:
         if not fused:
-            patch.setattr("symbol.activations.fuse_losses", lambda symbol: symbol)
+            patch.setattr("symbol.passes.pipeline.fuse_losses", lambda symbol: symbol)
         module = lower(graph, **SHAPE)
     outputs = module(**inputs)
     sum(outputs).backward()
@@ -124,7 +124,7 @@ def other_uses():
 
 
 @pytest.mark.parametrize("case", list(other_uses()))
-def test_what_stands_otherwise_stays(case):
+def test_other_patterns_stay(case):
     graph = other_uses()[case]
     assert not set(ops(fuse_losses(graph))) & set(FUSED)
     assert fuse_losses(graph).entries == graph.entries

@@ -1,6 +1,6 @@
 import pytest
 
-from symbol.op_table import ALIASES, OPS, find_op
+from symbol.ops import ALIASES, OPS, find_op
 
 STATISTICS = {"momentum": 0.9, "eps": 1e-3, "fix_gamma": True, "use_global_stats": False, "output_mean_var": False}
 
@@ -20,7 +20,7 @@ STATISTICS = {"momentum": 0.9, "eps": 1e-3, "fix_gamma": True, "use_global_stats
     ],
 )
 def test_the_defaults_are_mxnets(op, defaults):
-    """A file leaves defaults out, so a different one would change what the graph computes."""
+    """JSON files omit defaults, so another default would change the meaning of a file."""
     assert defaults.items() <= find_op(op).defaults().items()
 
 

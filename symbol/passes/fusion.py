@@ -1,8 +1,9 @@
-"""Losses on the levels' own maps: what a graph reshapes, transposes and concatenates for a loss, its operator can read.
+"""Losses fused with the reshapes, transpositions and concatenations of their inputs.
 
 A head's maps are (N, A*C, H, W) logits and (N, 4A, H, W) deltas of every level, with A anchors per cell and C classes.
-For MXNet's losses they become one (N, K, C) and one (N, 4A, P). Fused, nothing of that size is copied, and the gradient
-is made in the forward pass. Values and gradients stay; losses become scalars, so shapes are inferred before.
+For MXNet's losses they become one (N, K, C) and one (N, 4A, P). A fused loss reads the maps: nothing of that size is
+copied, and the gradient is made in the forward pass. Values and gradients stay; losses become scalars, so shapes must
+be inferred before.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from symbol.graph import Entry, Node, Symbol
-from symbol.passes import rewrite, with_inputs
+from symbol.graph import Symbol
+from symbol.node import Entry, Node
+from symbol.passes.rewrite import rewrite, with_inputs
 
 
 def fuse_losses(symbol: Symbol) -> Symbol:
-    """The same graph with focal and box losses that read the levels' maps, where the models' pattern stands."""
+    """Replace focal and box losses by ones that read the levels' maps, where the graph has the models' pattern."""
     box_losses = _box_losses(symbol)
 
     def replace(node: Node, inputs: tuple[Entry, ...]) -> Node | Entry:
@@ -42,19 +44,19 @@ def _variadic(op: str, name: str, inputs: tuple[Entry, ...], attrs: Mapping[str,
 
 
 def _levels(entry: Entry, axis: int) -> tuple[Entry, ...]:
-    """What a Concat along the axis joins; without one, the entry alone."""
+    """Return the inputs of a Concat along the axis; without one, the entry alone."""
     node = entry[0]
     return node.inputs if node.op == "Concat" and node.full_attrs()["dim"] == axis else (entry,)
 
 
 def _before(entry: Entry, op: str, **attrs: Any) -> Entry | None:
-    """The input of the operator that makes this entry, if it is `op` with these attributes."""
+    """Return the input of the operator that makes this entry, if it is `op` with these attributes."""
     node, full = entry[0], entry[0].full_attrs() if not entry[0].is_variable else {}
     return node.inputs[0] if node.op == op and all(full[key] == value for key, value in attrs.items()) else None
 
 
 def _logit_maps(entry: Entry) -> tuple[list[Entry], int] | None:
-    """The maps (N, A*C, H, W) that are reshaped, transposed and joined to (N, K, C), and C."""
+    """Return the maps (N, A*C, H, W) that are reshaped, transposed and joined to (N, K, C), and C."""
     maps, classes = [], set()
     for level in _levels(entry, 1):
         by_anchor = _before(level, "Reshape", shape=(0, -3, 0), reverse=False)  # (N, A, H*W, C)
@@ -72,13 +74,16 @@ def _logit_maps(entry: Entry) -> tuple[list[Entry], int] | None:
 
 
 def _delta_maps(entry: Entry) -> list[Entry]:
-    """The maps (N, 4A, H, W) that are flattened and joined to (N, 4A, P); empty where something else stands there."""
+    """Return the maps (N, 4A, H, W) that are flattened and joined to (N, 4A, P); none for another pattern."""
     maps = [_before(level, "Reshape", shape=(0, 0, -1), reverse=False) for level in _levels(entry, 2)]
     return [] if None in maps else [m for m in maps if m is not None]
 
 
 def _box_losses(symbol: Symbol) -> set[Node]:
-    """Products weight * smooth_l1(deltas - target) of which only the sum is used, weight and target being inputs."""
+    """Return the products weight * smooth_l1(deltas - target) of which only the sum is used.
+
+    Weight and target must be inputs of the graph.
+    """
     fed = set(symbol.list_inputs())
     users: dict[Node, list[Node]] = {}
     for node in symbol.nodes():
@@ -112,7 +117,7 @@ def _sums(node: Node) -> bool:
 
 
 def _divides(node: Node, data: Node) -> bool:
-    """Does it divide all of the data (three axes) by one number?"""
+    """Return whether the node divides all of the data (three axes) by one number."""
     if node.op != "broadcast_div" or node.inputs[0][0] is not data:
         return False
     divisor = node.inputs[1][0]

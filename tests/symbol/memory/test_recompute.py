@@ -1,4 +1,4 @@
-"""Recomputation against the same step without it, and the plan against what autograd keeps.
+"""Compare recomputation with the same step without it, and the plan with the tensors that autograd saves.
 
 N images, K anchors of all levels, P cells of all levels.
 """
@@ -19,14 +19,13 @@ import symbol as S
 from config.load import load_config
 from core.gradients import GradientAverage
 from core.world import World
-from symbol.activations import activations
-from symbol.lowering import lower
+from symbol import lower
+from symbol.memory import Plan, count_activations, smallest, within
 from symbol.passes import in_precision
-from symbol.recompute import Plan, smallest, within
-from symbol.segment import Segment
+from symbol.torch_backend.segment import Segment
 from tests.two_processes import run_in_processes
 
-CONFIGS = Path(__file__).parents[2] / "config" / "NASFPN"
+CONFIGS = Path(__file__).parents[3] / "config" / "NASFPN"
 FPN, NASFPN = "retina_r50v1b_fpn_640_1@256", "retina_r50v1b_nasfpn_640_7@256"
 SMALL = (
     "RpnParam.num_class=4",
@@ -66,11 +65,11 @@ def training(graph: S.Symbol, plan: Plan | None = None) -> fx.GraphModule:
 
 
 def counted(graph: S.Symbol, N: int = 2) -> Any:
-    return activations(graph, {"data": (N, 3, SIDE, SIDE)}, FIXED)
+    return count_activations(graph, {"data": (N, 3, SIDE, SIDE)}, FIXED)
 
 
 def results(module: nn.Module, *batches: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Losses, gradients and moving statistics after a step of each batch, the gradients added up."""
+    """Return losses, gradients and moving statistics after a step per batch, with gradients accumulated."""
     found: dict[str, Tensor] = {}
     for i, one in enumerate(batches):
         losses = module(**one)
@@ -86,8 +85,8 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     assert not different
 
 
-def kept_by_autograd(module: nn.Module, call: Callable[[], Any], *others: Tensor) -> int:
-    """Bytes of the storages that a call leaves to its backward pass, without scalars, the module's own and others."""
+def saved_by_autograd(module: nn.Module, call: Callable[[], Any], *others: Tensor) -> int:
+    """Return the bytes of the storages that a call saves, without scalars, the module's tensors and `others`."""
     others += tuple(module.state_dict(keep_vars=True).values())
     own = {tensor.untyped_storage().data_ptr() for tensor in others}
     kept: dict[int, Tensor] = {}
@@ -112,25 +111,25 @@ def plans(graph: S.Symbol) -> list[Plan]:
 
 
 @pytest.mark.parametrize("name", [FPN, NASFPN])
-def test_the_count_is_what_autograd_keeps(name: str) -> None:
+def test_the_count_is_what_autograd_saves(name: str) -> None:
     graph, inputs = train_graph(name), batch(2)
     module = training(graph)
-    assert counted(graph).kept_bytes == kept_by_autograd(module, lambda: module(**inputs))
+    assert counted(graph).kept_bytes == saved_by_autograd(module, lambda: module(**inputs))
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_the_count_in_half_precision(precision: str) -> None:
     graph, inputs = train_graph(NASFPN, "General.fp16=True", precision=precision), batch(2)
     module = training(graph)
-    assert counted(graph).kept_bytes == kept_by_autograd(module, lambda: module(**inputs))
+    assert counted(graph).kept_bytes == saved_by_autograd(module, lambda: module(**inputs))
 
 
 @pytest.mark.parametrize("name", [FPN, NASFPN])
-def test_a_plan_holds_what_autograd_then_keeps(name: str) -> None:
+def test_a_plan_holds_what_autograd_then_saves(name: str) -> None:
     graph, inputs = train_graph(name), batch(2)
     for plan in plans(graph):
         module = training(graph, plan)
-        kept = kept_by_autograd(module, lambda module=module: module(**inputs))
+        kept = saved_by_autograd(module, lambda module=module: module(**inputs))
         assert kept == plan.forward_bytes < plan.counted.kept_bytes
 
 
@@ -142,7 +141,7 @@ def test_the_inside_of_a_segment_is_what_its_recomputation_holds() -> None:
 
     def measure(segment: nn.Module, arguments: Any) -> None:
         training, crossing, parameters = arguments
-        found.append(kept_by_autograd(module, lambda: segment.body(training, *crossing, *parameters), *crossing))
+        found.append(saved_by_autograd(module, lambda: segment.body(training, *crossing, *parameters), *crossing))
 
     for segment in module.children():
         assert isinstance(segment, Segment)
@@ -183,10 +182,10 @@ def test_outside_training_a_segment_runs_plainly() -> None:
     plain, planned = training(graph).eval(), training(graph, smallest(counted(graph))).eval()
     for found, expected in zip(planned(**inputs), plain(**inputs), strict=True):
         assert torch.equal(found, expected)
-    kept = [kept_by_autograd(module, lambda module=module: module(**inputs)) for module in (plain, planned)]
+    kept = [saved_by_autograd(module, lambda module=module: module(**inputs)) for module in (plain, planned)]
     assert kept[0] == kept[1]
     with torch.no_grad():
-        assert kept_by_autograd(planned.train(), lambda: planned(**inputs)) == 0
+        assert saved_by_autograd(planned.train(), lambda: planned(**inputs)) == 0
 
 
 def test_the_backward_pass_may_run_twice_and_in_a_thread_of_its_own() -> None:
@@ -206,7 +205,7 @@ def test_the_backward_pass_may_run_twice_and_in_a_thread_of_its_own() -> None:
         assert torch.equal(buffer, expected[name])
 
 
-def test_what_is_computed_again_is_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recomputed_multiply_adds_are_those_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, inputs = train_graph(NASFPN), batch(1)
     plan = smallest(counted(graph, N=1))
     module = training(graph, plan)
@@ -216,7 +215,7 @@ def test_what_is_computed_again_is_what_the_plan_says(monkeypatch: pytest.Monkey
 
     def count(data: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
         out = conv2d(data, weight, *arguments)
-        again.append(out.numel() * weight[0].numel())  # an operator at which the recomputation stops never comes here
+        again.append(out.numel() * weight[0].numel())  # not reached where the recomputation stops
         return out
 
     monkeypatch.setattr(torch.nn.functional, "conv2d", count)
@@ -234,8 +233,8 @@ def small_graph() -> S.Symbol:
 
 
 def test_a_plan_by_hand() -> None:
-    found = activations(small_graph(), {"data": (1, 4, 8, 8)})
-    assert found.kept_bytes == 4 * 1024  # data and three sigmoids, each also what the next convolution keeps
+    found = count_activations(small_graph(), {"data": (1, 4, 8, 8)})
+    assert found.kept_bytes == 4 * 1024  # data and three sigmoids, each also saved by the next convolution
     plan = Plan(found, ((0, 2), (2, 4)))  # data and ra stay for the segments, rb for c, rc for itself
     assert plan.forward_bytes == 4 * 1024
     plan = Plan(found, ((0, 4),))  # data, rb for c, rc
@@ -245,8 +244,8 @@ def test_a_plan_by_hand() -> None:
     assert plan.until == "rb"
     assert plan.recomputed_multiply_add == 2 * 4 * 64 * 4
     assert plan.describe() == (
-        "memonger: computed again up to rb, in 1 segment: activations 0 MiB instead of 0 MiB, "
-        "22.2% more multiply-adds in a step"
+        "memonger: recomputed up to rb in 1 segment: activations 0 MiB instead of 0 MiB, "
+        "22.2% more multiply-adds per step"
     )
     everything = Plan(found, ((0, 6),))
     assert (everything.forward_bytes, everything.peak_bytes) == (1024, 4 * 1024)
@@ -257,7 +256,7 @@ def test_a_budget_takes_the_least_recomputation() -> None:
     nothing = within(found, found.kept_bytes)
     assert nothing is not None
     assert nothing.segments == ()
-    assert "nothing has to be computed again" in nothing.describe()
+    assert "nothing has to be recomputed" in nothing.describe()
     least, costs = smallest(found), [0]
     for budget in (0.95, 0.9, 0.85, 0.8):
         plan = within(found, budget * found.kept_bytes)
@@ -278,7 +277,7 @@ def test_until_ends_the_prefix() -> None:
         same = within(found, float("inf"), until=name)
         assert same is not None
         assert same.until == name
-    for name in ("cls_loss", "reg_loss"):  # losses themselves are never computed again
+    for name in ("cls_loss", "reg_loss"):  # losses themselves are never recomputed
         assert smallest(found, until=name).until.startswith({"c": "cls_pred", "r": "bbox_pred"}[name[0]])
 
 
@@ -286,13 +285,12 @@ def test_an_unknown_node_is_refused_with_the_nearest() -> None:
     found = counted(train_graph(FPN))
     with pytest.raises(ValueError, match="no operator of the graph is named 'stage2_unit9_relu'; nearest: stage2_unit"):
         smallest(found, until="stage2_unit9_relu")
-    with pytest.raises(ValueError, match="nothing that could be computed again lies up to operator 'conv0'"):
-        smallest(found, until="conv0")  # fixed: it keeps nothing
+    with pytest.raises(ValueError, match="nothing up to operator 'conv0' can be recomputed"):
+        smallest(found, until="conv0")  # fixed: it saves nothing
 
 
 def with_and_without(rank: int, parts: list[dict[str, Tensor]]) -> list[tuple[int, dict[str, Tensor]]]:
-    """Of a step without and with recomputation: how often this process called the other, and the step's results with
-    averaged gradients."""
+    """Return, for a step without and with recomputation, the number of collectives and the averaged results."""
     calls = []
 
     def counting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -317,7 +315,7 @@ def with_and_without(rank: int, parts: list[dict[str, Tensor]]) -> list[tuple[in
     return found
 
 
-def test_sync_batch_norm_asks_nobody_a_second_time() -> None:
+def test_recomputation_repeats_no_collective() -> None:
     for (number, expected), (number_again, found) in run_in_processes(with_and_without, [batch(1), batch(1, seed=1)]):
         assert number == number_again > 20
         assert_same_bits(found, expected)
@@ -343,11 +341,11 @@ def test_compile_and_export_see_through_a_segment() -> None:
         assert torch.equal(parameter.grad, expected[name])
 
 
-def test_a_view_keeps_what_it_looks_at() -> None:
+def test_a_view_saves_the_whole_storage() -> None:
     x = S.Convolution(S.var("data"), kernel=(1, 1), num_filter=4, no_bias=True, name="a")
     x = S.slice_axis(x, axis=2, begin=0, end=3, name="part")
     graph = S.MakeLoss(S.Convolution(x, kernel=(1, 1), num_filter=2, no_bias=True, name="b"), name="loss")
     data = batch(1)["data"][:, :, :16, :16].contiguous()
     module = lower(graph, data=tuple(data.shape)).train()
-    found = activations(graph, {"data": tuple(data.shape)}).kept_bytes
-    assert found == kept_by_autograd(module, lambda: module(data=data)) == (3 + 4) * 16 * 16 * 4
+    found = count_activations(graph, {"data": tuple(data.shape)}).kept_bytes
+    assert found == saved_by_autograd(module, lambda: module(data=data)) == (3 + 4) * 16 * 16 * 4

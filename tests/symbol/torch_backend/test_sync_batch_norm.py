@@ -1,4 +1,4 @@
-"""Two processes, each with a part of a batch, against one process with the whole. N images, C channels, H, W."""
+"""Processes with parts of a batch, compared with one process on the whole batch. N images, C channels, H, W."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def random(*shape, seed=0):
 
 
 def layer(dtype=torch.float64, op="_contrib_SyncBatchNorm", **attrs):
-    """A module whose four tensors have values of their own; momentum 0.75."""
+    """Return a module with distinct values in its four tensors; momentum 0.75."""
     attrs = {"eps": 1e-3, "momentum": 0.75, "fix_gamma": False, **attrs}
     if op == "_contrib_SyncBatchNorm":
         attrs |= {"key": "b", "ndev": 8}
@@ -28,7 +28,7 @@ def layer(dtype=torch.float64, op="_contrib_SyncBatchNorm", **attrs):
 
 
 def results(module, data, head):
-    """The output, the gradient of sum(head * output) and the moving statistics after one call, by name."""
+    """Return the output, the gradient of sum(head * output) and the moving statistics after one call, by name."""
     data = data.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     out = module(x=data)[0]
     out.backward(head)
@@ -47,7 +47,7 @@ def by_parts(rank, cases, attrs):
 
 
 def whole_and_parts(sizes, *cases, **attrs):
-    """Of each case (data, head): `results` of one process with all images, and of a process per size put together.
+    """Return, per case (data, head), `results` of one process with all images, and of one process per size, joined.
 
     The gradients of parameters are summed over the processes.
     """
@@ -124,7 +124,7 @@ def test_a_fixed_gamma_counts_as_one():
 
 
 def frozen_input(rank, data):
-    """gamma and beta are trained on data that needs no gradient, as after a fixed convolution."""
+    """Train gamma and beta on data that needs no gradient, as after a fixed convolution."""
     module = layer()
     out = module(x=data[rank])[0]
     (out * out).sum().backward()
@@ -156,7 +156,7 @@ def test_no_image_in_any_process():
 
 
 def first_rank_alone(rank, data):
-    """Raises or stalls if a process that does not train waits for the others."""
+    """Call modules that do not train on rank 0 alone: this would hang if they waited for other ranks."""
     if rank > 0:
         return []
     modules = [layer().eval(), layer(use_global_stats=True)]

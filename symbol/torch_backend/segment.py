@@ -1,4 +1,4 @@
-"""A part of a lowered graph that is computed again in the backward pass, in place of keeping what it computed."""
+"""A part of a lowered graph whose activations are recomputed in the backward pass."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Segment(nn.Module):
-    """Runs `body`. In training only its inputs stay until the backward pass, which runs it again.
+    """Wrap torch's checkpoint, which alone would update moving statistics twice and repeat collectives.
 
-    It has no parameters of its own: body is called with the training flag, what crosses into the segment, and the
-    parameters and moving statistics that its layers use.
+    Layers inside ask `recomputing` and `once`. The segment has no parameters of its own: `body` is called with the
+    training flag, the activations that cross into the segment, and the parameters and moving statistics of its layers.
     """
 
     def __init__(self, body: fx.GraphModule) -> None:
@@ -35,7 +35,7 @@ class Segment(nn.Module):
 
 
 class _Passes(threading.local):
-    """The pass of a segment that this thread is in. The backward pass may run in a thread of autograd's own."""
+    """The pass of a segment that this thread runs. The backward pass may run in a thread of autograd's."""
 
     now: _Pass | None = None
 
@@ -44,7 +44,7 @@ _passes = _Passes()
 
 
 class _Pass:
-    """A first pass, which appends to its tape, or a recomputation, which reads the tape from its begin."""
+    """A first pass, which appends to its tape, or a recomputation, which reads the tape from its start."""
 
     def __init__(self, tape: list[Any], is_second: bool) -> None:
         self.tape = tape
@@ -65,12 +65,12 @@ def _two_passes() -> tuple[_Pass, _Pass]:
 
 
 def recomputing() -> bool:
-    """Is this the second time that a segment runs? What changes a state must not do so again."""
+    """Return whether a segment runs for the second time, where nothing may update a state again."""
     return not torch.compiler.is_compiling() and _passes.now is not None and _passes.now.is_second
 
 
 def once(compute: Callable[[], Any]) -> Any:
-    """compute(), or in a recomputation what the first pass got there: for what other processes take part in."""
+    """Return compute(); in a recomputation return the first pass's result: collectives run once."""
     now = None if torch.compiler.is_compiling() else _passes.now
     if now is None:
         return compute()

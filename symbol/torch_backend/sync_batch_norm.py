@@ -1,4 +1,4 @@
-"""BatchNorm over the batches of all processes.
+"""BatchNorm over the batches of all processes. torch's SyncBatchNorm needs a GPU and moves an unbiased variance.
 
 N images of this process (perhaps none), C channels, H x W pixels; n pixels of a channel in this process, N * H * W.
 """
@@ -12,10 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from symbol.segment import once, recomputing
-from symbol.torch_ops import batch_norm
+from symbol.torch_backend.nn import batch_norm
+from symbol.torch_backend.registry import lowers
+from symbol.torch_backend.segment import once, recomputing
 
 
+@lowers("_contrib_SyncBatchNorm", refuses=lambda attrs: attrs["output_mean_var"], only="without output_mean_var")
 def sync_batch_norm(
     data: Tensor,
     gamma: Tensor,
@@ -30,11 +32,11 @@ def sync_batch_norm(
     use_global_stats: bool,
     **_: Any,
 ) -> Tensor:
-    """`batch_norm` with the mean and biased variance of all processes' pixels; moving_mean and moving_var take them.
+    """Normalize by the mean and biased variance of all processes' pixels, which also move the moving statistics.
 
-    All processes of the default group take part, those without images too: in training every one must come here
-    for the same layers in the same order. A recomputation takes the statistics of the first pass: it asks nobody.
-    The attribute ndev has no say; a process alone computes `batch_norm`.
+    Every process of the default group takes part, also without images: in training all must call this for the same
+    layers in the same order. A recomputation reuses the statistics of the first pass, without communication.
+    The attribute ndev is not read; a single process computes `batch_norm`.
     The gradients of gamma and beta are those of this process's pixels: summed over the processes they are the batch's.
     """
     if not training or use_global_stats or not _has_others():
@@ -61,7 +63,7 @@ def _has_others() -> bool:
 
 
 def _statistics(data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The number of all processes' pixels (), their mean (C,) and biased variance (C,), float32 for float16 data.
+    """Return the pixel count of all processes (), their mean (C,) and biased variance (C,), float32 for float16 data.
 
     Source: Chan, Golub and LeVeque 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     """
@@ -95,7 +97,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Ioffe and Szegedy 2015, section 3: what the mean and the variance contribute needs every process's sums."""
+        """Ioffe and Szegedy 2015, section 3: the terms of mean and variance need the sums over all processes."""
         data, gamma, count, mean, variance = ctx.saved_tensors
         # as if mean and variance were constants
         if data.numel():
@@ -107,7 +109,7 @@ class _Normalize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             total = torch.stack([grad_gamma, grad_beta])  # a copy: the sums over this process alone are returned
             dist.all_reduce(total)
-            # d data -= gamma / std / count * (normalised data * total grad_gamma + total grad_beta)
+            # d data -= gamma / std / count * (normalized data * total grad_gamma + total grad_beta)
             factor = -gamma * (variance + ctx.eps).rsqrt() / count.clamp(min=1).to(gamma.dtype)
             weight, bias = (total * factor).unbind()
             grad_data = grad_data + F.batch_norm(data, mean, variance, weight, bias, False, 0.0, ctx.eps)

@@ -3,7 +3,7 @@ import torch
 
 import symbol as S
 from symbol import Group, lower, var
-from symbol.passes import hoist_bbox_norm, in_precision, rewrite
+from symbol.passes import hoist_bbox_norm
 
 
 def ops(graph):
@@ -15,41 +15,8 @@ def conv(data, name):
     return S.Convolution(data, num_filter=4, kernel=(1, 1), no_bias=True, name=name)
 
 
-def test_a_rewrite_that_changes_nothing_keeps_the_nodes():
-    graph = S.Activation(conv(var("x"), "c"), act_type="relu", name="r")
-    same = rewrite(graph, lambda node, inputs: node)
-    assert same.entries == graph.entries
-
-
-def test_a_rewrite_follows_every_output():
-    x = S._contrib_GenProposalRetina(*map(var, "abcd"), num_anchors=1, name="p")
-    graph = Group([x[1], x[0]])
-    text = graph.tojson()
-
-    def rename(node, inputs):
-        return S.Node(node.op, "q", inputs, node.attrs, node.hints)
-
-    assert rewrite(graph, rename).list_outputs() == ["q_scores", "q_output"]
-    assert graph.tojson() == text
-
-
-def test_in_float32_only_the_casts_of_float16_are_gone():
-    x = S.Cast(var("x"), dtype="float16", name="half")
-    x = S.Cast(conv(x, "c"), dtype="float32", name="full")
-    graph = Group([S.Cast(x, dtype="int32", name="whole"), x])
-    plain = in_precision(graph, "float32")
-    assert ops(plain) == ["Convolution", "Cast"]
-    assert plain.list_outputs() == ["whole_output", "c_output"]
-    assert plain.list_arguments() == graph.list_arguments()
-    assert ops(graph) == ["Cast", "Convolution", "Cast", "Cast"]
-    data = torch.rand(1, 2, 3, 3)
-    with_fp16, in_fp32 = (lower(one, x=(1, 2, 3, 3))(x=data)[1] for one in (graph, plain))
-    assert with_fp16.dtype == in_fp32.dtype == torch.float32
-    torch.testing.assert_close(with_fp16, in_fp32, rtol=2e-3, atol=2e-3)
-
-
 def box_loss():
-    """The norm and the loss of the deltas (N, 4, 9) that a convolution predicts for one anchor in 9 cells."""
+    """Return the norm and the loss of the deltas (N, 4, 9) that a convolution predicts for one anchor in 9 cells."""
     delta = S.Reshape(conv(var("x"), "c"), shape=(0, 0, -1), name="flat")
     norm = S._contrib_BBoxNorm(delta, var("label"), name="norm")
     return norm, S.MakeLoss(S.elemwise_mul(var("weight"), norm, name="weighted"), name="loss")
@@ -71,7 +38,7 @@ def test_two_norms_under_one_loss_stay():
 
 
 @pytest.mark.parametrize("normalization", ["batch", "null"])
-def test_another_normalisation_stays(normalization):
+def test_another_normalization_stays(normalization):
     norm = S._contrib_BBoxNorm(conv(var("x"), "c"), var("label"), normalization=normalization, name="n")
     loss = S.MakeLoss(norm, name="loss")
     assert hoist_bbox_norm(loss) is loss
@@ -83,7 +50,7 @@ def test_a_way_around_the_norm_keeps_it():
     assert hoist_bbox_norm(loss) is loss
 
 
-def test_a_norm_that_serves_something_else_stays():
+def test_a_norm_with_another_user_stays():
     norm, loss = box_loss()
     other = S.MakeLoss(norm + conv(var("y"), "around"), name="other")
     graph = Group([loss, other])
@@ -97,7 +64,7 @@ def test_a_loss_without_a_norm_stays():
 
 def gradient_of_weight(graph, monkeypatch=None):
     if monkeypatch is not None:
-        monkeypatch.setattr("symbol.activations.hoist_bbox_norm", lambda symbol: symbol)
+        monkeypatch.setattr("symbol.passes.pipeline.hoist_bbox_norm", lambda symbol: symbol)
     x = torch.arange(18.0).reshape(1, 2, 3, 3) / 18
     label = torch.tensor([[1.0, 0, 2, -1, 0, 0, 0, 0, 3]])
     module = lower(graph, x=x.shape)

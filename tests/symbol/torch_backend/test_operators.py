@@ -1,4 +1,4 @@
-"""Each operator against its definition, written out slowly in numpy. N images, C channels or classes, K anchors."""
+"""Compare each operator with its definition, written in plain numpy. N images, C channels or classes, K anchors."""
 
 import itertools
 import math
@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import symbol as S
-from symbol import Group, lower, torch_ops, var
+from symbol import Group, lower, var
+from symbol.torch_backend.nn import batch_norm as batch_norm_function
 
 
 def random(*shape, seed=0):
@@ -16,14 +17,14 @@ def random(*shape, seed=0):
 
 
 def run(op, *inputs, training=True, **attrs):
-    """The outputs of one node, lowered from a graph."""
+    """Return the outputs of one node, lowered from a graph."""
     names = [f"x{i}" for i in range(len(inputs))]
     module = lower(S.create(op, *map(var, names), name="node", **attrs)).train(training)
     return module(**dict(zip(names, inputs, strict=True)))
 
 
 def windows(data, kernel, stride, pad, fill, dilate=(1, 1), ceil=False):
-    """(row, column, window) of every position: numpy arrays (N, C, kh, kw), cut out of the padded data."""
+    """Yield (row, column, window) per position; windows are (N, C, kh, kw), cut out of the padded data."""
     sides = []
     for side, k, s, p, d in zip(data.shape[2:], kernel, stride, pad, dilate, strict=True):
         span = side + 2 * p - d * (k - 1) - 1
@@ -182,7 +183,7 @@ BN = {"gamma": [2.0, 0.5], "beta": [1.0, -1.0], "moving_mean": [10.0, 20.0], "mo
 
 
 def batch_norm(**attrs):
-    """A module in float64 with the values of BN and eps 0.5, momentum 0.75."""
+    """Return a module in float64 with the values of BN and eps 0.5, momentum 0.75."""
     x = S.BatchNorm(var("x"), name="b", **{"eps": 0.5, "momentum": 0.75, "fix_gamma": False, **attrs})
     module = lower(x, x=(2, 2, 1, 2)).double()
     module.load_state_dict({f"b_{key}": torch.tensor(value, dtype=torch.float64) for key, value in BN.items()})
@@ -221,7 +222,7 @@ def test_global_statistics_also_in_training():
     np.testing.assert_allclose(out.detach(), affine([10, 20], [4, 9]), rtol=1e-9)
     assert module.b_moving_mean.tolist() == BN["moving_mean"]
     out.sum().backward()
-    # d out / d gamma is the normalised data: channel 0 (16 - 4 * 10) / sqrt(4.5), channel 1 (4 - 4 * 20) / sqrt(9.5)
+    # d out / d gamma is the normalized data: channel 0 (16 - 4 * 10) / sqrt(4.5), channel 1 (4 - 4 * 20) / sqrt(9.5)
     np.testing.assert_allclose(module.b_gamma.grad, [-24 / math.sqrt(4.5), -76 / math.sqrt(9.5)], rtol=1e-9)
 
 
@@ -240,13 +241,13 @@ def test_the_gradient_of_batch_norm():
     attrs = {"eps": 0.5, "momentum": 0.75, "fix_gamma": False, "use_global_stats": False}
 
     def out(data, gamma, beta):
-        return torch_ops.batch_norm(data, gamma, beta, mean.clone(), variance.clone(), True, **attrs)
+        return batch_norm_function(data, gamma, beta, mean.clone(), variance.clone(), True, **attrs)
 
     inputs = [random(2, 2, 3, 2), gamma, beta]
     assert torch.autograd.gradcheck(out, [tensor.requires_grad_() for tensor in inputs])
 
 
-def test_synchronised_batch_norm_on_one_device_is_batch_norm():
+def test_synchronized_batch_norm_on_one_device_is_batch_norm():
     local = batch_norm()
     x = S._contrib_SyncBatchNorm(var("x"), name="b", key="b", eps=0.5, momentum=0.75, fix_gamma=False)
     synced = lower(x, x=(2, 2, 1, 2)).double()
@@ -358,7 +359,7 @@ def test_anchors_run_over_cells_then_over_shapes():
 
 
 def test_base_anchors_are_constants_of_the_module():
-    """On its device, so that a batch copies nothing to it; and no part of what a checkpoint holds."""
+    """They move with the module, so that no batch copies them to its device, and are not saved in checkpoints."""
     graph = S._contrib_GenAnchor(var("data"), scales=(1.0, 2.0), ratios=(1.0,), feature_stride=8)
     module = lower(graph)
     assert module.state_dict() == {}
@@ -367,7 +368,7 @@ def test_base_anchors_are_constants_of_the_module():
 
 
 def test_a_candidate_has_its_score_in_the_column_of_its_class():
-    # one anchor a cell, two classes, two cells; zero deltas give the anchors back
+    # one anchor per cell, two classes, two cells; zero deltas give the anchors back
     anchors = torch.tensor([[0.0, 0, 7, 7], [8, 0, 15, 7]])
     prob = torch.tensor([[[[0.9, 0.1]], [[0.2, 0.6]]]])  # (N, A*C, H, W)
     boxes, scores = run(
