@@ -1,10 +1,20 @@
-"""The graph: MXNet's symbols without MXNet. See `symbol.op_table` for the vocabulary."""
+"""The graph: MXNet's symbols without MXNet. It never computes anything: that is left to a back end.
+
+symbol.ops              the vocabulary, one row per operator; each is a function here: symbol.Cast(data, dtype=...)
+symbol.graph            Symbol and what builds one: create, var, Group, Prefix, load_json
+symbol.layers           short forms of the vocabulary for the models
+symbol.passes           graph to graph
+symbol.memory           the activations of a training step, and which of them to recompute
+symbol.torch_backend    graph to torch.nn.Module: lower
+"""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from symbol.graph import Group, Node, Prefix, Symbol, create, var
-from symbol.json_format import load_json
+from symbol.graph import Group, Prefix, Symbol, create, load_json, var
+from symbol.node import Node
+from symbol.ops import ALIASES, OPS
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -15,18 +25,13 @@ __all__ = ["Group", "Node", "Prefix", "Symbol", "create", "load_json", "lower", 
 def lower(
     symbol: Symbol, *, seed: int = 0, recompute: Sequence[tuple[int, int]] = (), **input_shapes: tuple[int, ...]
 ) -> "GraphModule":
-    """The graph as a torch module; see `symbol.lowering.lower`. Only this needs torch."""
-    from symbol.lowering import lower as lower_to_torch
+    """Return the graph as a torch module; see `symbol.torch_backend.lower`. Only this needs torch."""
+    from symbol.torch_backend import lower as lower_to_torch
 
     return lower_to_torch(symbol, seed=seed, recompute=recompute, **input_shapes)
 
 
 def __getattr__(op: str) -> Any:
-    """Every operator of the vocabulary is a function: symbol.Cast(data, dtype="float32", name="cast")."""
-    import functools
-
-    from symbol.op_table import ALIASES, OPS
-
     if op not in OPS and op not in ALIASES:
         raise AttributeError(f"module 'symbol' has no attribute '{op}'")
-    return functools.partial(create, op)
+    return partial(create, op)

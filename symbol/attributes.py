@@ -13,21 +13,28 @@ DTYPES = ("float32", "float64", "float16", "uint8", "int32", "int8", "int64")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 5) -> str:
-    """The known names most like `name`, for an error message."""
+    """Return the known names most like `name`, for an error message."""
     known = list(known)
     return ", ".join(difflib.get_close_matches(name, known, count, 0.4) or known[:count])
 
 
 @dataclass(frozen=True, slots=True)
 class Attr:
-    """One attribute of an operator: its kind, MXNet's default, and for an enum its values."""
+    """One attribute of an operator: its kind, MXNet's default, and for an enum its values.
+
+    always_written: MXNet has no default of its own, so its JSON needs the attribute.
+    """
 
     kind: Literal["int", "float", "bool", "ints", "floats", "enum", "string"]
     default: Any = REQUIRED
     choices: tuple[str, ...] = ()
+    always_written: bool = False
 
     def parse(self, value: Any) -> Any:
-        """The typed value of a Python value or of MXNet's string. Raises ValueError saying what was expected."""
+        """Return the typed value of a Python value or of MXNet's string.
+
+        Raises ValueError naming the expected type.
+        """
         if value is None or (isinstance(value, str) and value == "None"):
             if self.default is None:
                 return None
@@ -57,7 +64,7 @@ class Attr:
         return tuple(_integer(v) if self.kind == "ints" else float(v) for v in items)
 
     def expected(self) -> str:
-        """What a user may write, for an error message."""
+        """Return the accepted values in words, for an error message."""
         words = {
             "int": "an integer",
             "float": "a number",
@@ -86,5 +93,5 @@ def _literal(text: str) -> Any:
 
 
 def format_value(value: Any) -> str:
-    """A typed value as MXNet's Python front end writes it."""
+    """Return a typed value as MXNet's Python front end writes it."""
     return str(value)

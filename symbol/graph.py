@@ -1,4 +1,4 @@
-"""The graph: immutable nodes and the Symbol that looks at some of their outputs.
+"""Symbol: a graph seen from some of its outputs; create, var, Group and Prefix build one.
 
 The language is MXNet's (its op vocabulary, naming and argument order); nothing here needs MXNet or torch.
 """
@@ -9,54 +9,20 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 from symbol.attributes import nearest
-from symbol.op_table import Shape, find_op
-
-VARIABLE = "null"  # MXNet's op name for a variable
-HIDDEN_ATTRIBUTES = ("lr_mult", "wd_mult", "ctx_group", "force_mirroring", "mirror_stage")
+from symbol.json_format import read_json, write_json
+from symbol.node import HIDDEN_ATTRIBUTES, VARIABLE, Entry, Node, nodes_below
+from symbol.ops import Shape, find_op
+from symbol.shape import propagate
 
 _prefix: ContextVar[str] = ContextVar("prefix", default="")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Node:
-    """One operation or variable. Equality is identity: two equal-looking nodes are two nodes.
-
-    `attrs` holds the typed attributes that were given (defaults stay in the op table); `hints` the `__name__`
-    attributes that drive initialisation and the optimiser, as MXNet writes them: strings.
-    """
-
-    op: str
-    name: str
-    inputs: tuple[Entry, ...] = ()
-    attrs: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    hints: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-
-    @property
-    def is_variable(self) -> bool:
-        return self.op == VARIABLE
-
-    def full_attrs(self) -> dict[str, Any]:
-        """The attributes given, and the op table's defaults for the rest."""
-        return find_op(self.op).defaults() | dict(self.attrs)
-
-    def output_names(self) -> list[str]:
-        """Names of the visible outputs, as list_outputs shows them."""
-        if self.is_variable:
-            return [self.name]
-        row = find_op(self.op)
-        return [f"{self.name}_{output}" for output in row.outputs[: row.num_visible(self.full_attrs())]]
-
-
-Entry = tuple[Node, int]  # an output of a node
-
-
 class Symbol:
-    """Some outputs of a graph, in order. Indexing by position or by output name gives a Symbol of one output."""
+    """Outputs of a graph, in order. Indexing by position or by output name gives a Symbol of one output."""
 
     __slots__ = ("entries",)
 
@@ -97,30 +63,18 @@ class Symbol:
 
     @property
     def name(self) -> str:
-        """Name of the node, for a Symbol of one node."""
+        """The name of the node, for a Symbol of one node."""
         names = {node.name for node, _ in self.entries}
         if len(names) != 1:
             raise ValueError(f"a group of {len(names)} nodes has no single name: {self!r}")
         return names.pop()
 
     def nodes(self) -> list[Node]:
-        """Every node below, in MXNet's order: depth first, inputs before the node that uses them."""
-        order: list[Node] = []
-        seen: set[Node] = set()
-        for head, _ in self.entries:
-            stack = [(head, False)]
-            while stack:
-                node, done = stack.pop()
-                if done:
-                    order.append(node)
-                elif node not in seen:
-                    seen.add(node)
-                    stack.append((node, True))
-                    stack.extend((child, False) for child, _ in reversed(node.inputs))
-        return order
+        """Return every node, in MXNet's order: depth first, inputs before the node that uses them."""
+        return nodes_below(self.entries)
 
     def _auxiliary(self, nodes: list[Node]) -> set[Node]:
-        """Variables that some node updates in its forward pass (BatchNorm's statistics)."""
+        """Return the variables that some node updates in its forward pass (BatchNorm's statistics)."""
         found: set[Node] = set()
         for node in nodes:
             if not node.is_variable:
@@ -129,56 +83,75 @@ class Symbol:
         return found
 
     def list_arguments(self) -> list[str]:
-        """Names of inputs and parameters, in MXNet's order."""
+        """Return the names of inputs and parameters, in MXNet's order."""
         nodes = self.nodes()
         auxiliary = self._auxiliary(nodes)
         return [node.name for node in nodes if node.is_variable and node not in auxiliary]
 
     def list_auxiliary_states(self) -> list[str]:
-        """Names of the states that a forward pass updates, in MXNet's order."""
+        """Return the names of the states that a forward pass updates, in MXNet's order."""
         nodes = self.nodes()
         auxiliary = self._auxiliary(nodes)
         return [node.name for node in nodes if node in auxiliary]
 
     def list_inputs(self) -> list[str]:
-        """Names of the variables that a caller feeds: those that no operator takes as a parameter."""
+        """Return the names of the variables that a caller feeds: those that no operator takes as a parameter."""
         nodes = self.nodes()
         parameters: set[Node] = set()
         for node in nodes:
             if not node.is_variable:
-                names = find_op(node.op).input_names(node.full_attrs())
-                kinds = zip(node.inputs, names, strict=True)
-                parameters.update(child for (child, _), name in kinds if name in find_op(node.op).parameters)
+                row = find_op(node.op)
+                slots = zip(node.inputs, row.input_names(node.full_attrs()), strict=True)
+                parameters.update(child for (child, _), slot in slots if slot in row.parameters)
         return [node.name for node in nodes if node.is_variable and node not in parameters]
 
     def list_outputs(self) -> list[str]:
-        """One name an output: `<node>_output`, `<node>_<output>`, or the variable's own name."""
+        """Return one name per output: `<node>_output`, `<node>_<output>`, or the variable's own name."""
         return [node.output_names()[index] for node, index in self.entries]
 
     def get_internals(self) -> Symbol:
-        """Every visible output of every node below, in order."""
+        """Return every visible output of every node, in order."""
         return Symbol(tuple((n, i) for n in self.nodes() for i in range(len(n.output_names()))))
 
     def attr_dict(self) -> dict[str, dict[str, str]]:
-        """The hints of every node that has some, e.g. {"bn0_gamma": {"__wd_mult__": "0.0"}}."""
+        """Return the hints of every node that has some, e.g. {"bn0_gamma": {"__wd_mult__": "0.0"}}."""
         return {node.name: dict(node.hints) for node in self.nodes() if node.hints}
 
     def infer_shape(self, **input_shapes: Shape) -> tuple[list[Shape], list[Shape], list[Shape]]:
-        """Shapes of the arguments, outputs and auxiliary states, each in the order of its list_*.
+        """Return the shapes of the arguments, outputs and auxiliary states, each in the order of its list_*.
 
-        A dimension given as 0 is unknown; so it comes back for an input on which nothing depends. Raises ValueError
-        where shapes contradict each other (it names the node), where a name is no argument, and where the shape of a
+        A dimension given as 0 is unknown; it stays 0 for an input that nothing depends on. Raises ValueError for
+        shapes that contradict each other (naming the node), for a name that is no argument, and where the shape of a
         parameter or output does not follow.
         """
-        from symbol.shape import infer_shape
-
-        return infer_shape(self, input_shapes)
+        nodes = self.nodes()
+        known = propagate(nodes, input_shapes)
+        inputs = self.list_inputs()
+        variables = {node.name: known.get((node, 0), ()) for node in nodes if node.is_variable}
+        outputs = [known.get(entry, ()) for entry in self.entries]
+        required = [(name, shape) for name, shape in variables.items() if name not in inputs]
+        required += zip(self.list_outputs(), outputs, strict=True)
+        unknown = [name for name, shape in required if not shape or 0 in shape]
+        if unknown:
+            came = ", ".join(f"{name}={shape}" for name, shape in input_shapes.items()) or "nothing"
+            raise ValueError(
+                f"the shapes of {', '.join(unknown[:8])} do not follow from {came}; give the shape of "
+                f"{', '.join(name for name in inputs if not variables[name] or 0 in variables[name])}"
+            )
+        arguments, auxiliary = self.list_arguments(), self.list_auxiliary_states()
+        return [variables[name] for name in arguments], outputs, [variables[name] for name in auxiliary]
 
     def tojson(self) -> str:
-        """The graph as MXNet 1.9 writes it; `load_json` reads it back."""
-        from symbol.json_format import tojson
+        """Return the graph as MXNet 1.9 writes it; `load_json` reads it back."""
+        return write_json(self.entries)
 
-        return tojson(self)
+
+def load_json(text: str) -> Symbol:
+    """Return the graph of a JSON text written by `Symbol.tojson` or by MXNet.
+
+    Raises ValueError for anything else, naming the node and what was expected.
+    """
+    return Symbol(read_json(text))
 
 
 def var(
@@ -190,7 +163,7 @@ def var(
     wd_mult: float | None = None,
     attr: Mapping[str, str] | None = None,
 ) -> Symbol:
-    """A variable: an input, a parameter or an auxiliary state. The prefix of `Prefix` does not apply.
+    """Create a variable: an input, a parameter or an auxiliary state. The prefix of `Prefix` does not apply.
 
     shape: a hint for shape inference, 0 for an unknown dimension. init: see `symbol.initializer`.
     """
@@ -203,7 +176,7 @@ def var(
 
 
 def Group(symbols: list[Symbol] | tuple[Symbol, ...]) -> Symbol:
-    """Several symbols' outputs as one Symbol."""
+    """Return the outputs of several symbols as one Symbol."""
     if not symbols:
         raise ValueError("Group needs at least one symbol; got none")
     return Symbol(tuple(itertools.chain.from_iterable(symbol.entries for symbol in symbols)))
@@ -211,7 +184,7 @@ def Group(symbols: list[Symbol] | tuple[Symbol, ...]) -> Symbol:
 
 @contextmanager
 def Prefix(prefix: str) -> Iterator[None]:
-    """Operators created inside (and the variables that they create) get this in front of their names."""
+    """Put `prefix` in front of the names of operators created inside, and of the variables that they create."""
     token = _prefix.set(_prefix.get() + prefix)
     try:
         yield
@@ -220,15 +193,17 @@ def Prefix(prefix: str) -> Iterator[None]:
 
 
 def current_prefix() -> str:
-    """What `Prefix` puts in front of names here."""
+    """Return the prefix that `Prefix` sets here."""
     return _prefix.get()
 
 
 def create(
     op: str, *args: Symbol, name: str | None = None, attr: Mapping[str, str] | None = None, **kwargs: Any
 ) -> Symbol:
-    """A new node of `op`. Inputs come by position or by name; parameters that are not given become variables
-    `<name>_<input>`, with the node's hints (lr_mult, wd_mult). Without a name it is `<first input>_<op>`.
+    """Create a node of `op`.
+
+    Inputs are given by position or by name; parameters that are not given become variables `<name>_<input>`, with the
+    node's hints (lr_mult, wd_mult). The default name is `<first input>_<op>`.
 
     Raises ValueError for an unknown op, input or attribute, or a wrong value, naming the node and what it expected.
     """

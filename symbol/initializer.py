@@ -1,7 +1,7 @@
-"""First values of parameters: MXNet's initialisers, by a variable's `__init__`, else by its name's ending.
+"""Initial values of parameters: MXNet's initializers, by a variable's `__init__`, else by the ending of its name.
 
 The text is MXNet's: a JSON list of a name and its arguments, e.g. '["normal", {"sigma": 0.01}]'. The random numbers
-of a parameter depend on the seed and its name alone, so adding a layer changes no other layer's start.
+of a parameter depend only on the seed and its name, so adding a layer changes the initial values of no other.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from symbol.op_table import Shape
+from symbol.ops import Shape
 
 # Glorot and Bengio 2010 (uniform, "avg") and He et al. 2015 (gaussian, "in", magnitude 2).
 XAVIER = '["xavier", {"rnd_type": "uniform", "factor_type": "avg", "magnitude": 3}]'
@@ -41,12 +41,15 @@ _BY_ENDING = (
 
 
 def first_value(name: str, shape: Shape, init: str | None, seed: int) -> np.ndarray:
-    """The parameter's first value, float32. Raises ValueError for an initialiser that is unknown or malformed."""
+    """Return the initial value of a parameter, float32.
+
+    Raises ValueError for an initializer that is unknown or malformed.
+    """
     if init is None:
         init = next((text for ending, text in _BY_ENDING if name.endswith(ending)), None)
         if init is None:
-            raise ValueError(f"parameter '{name}' has no initialiser: give its variable one (init=...)")
-    expected = f"parameter '{name}' {shape}: expected an initialiser like {XAVIER}, got {init!r}"
+            raise ValueError(f"parameter '{name}' has no initializer: give its variable one (init=...)")
+    expected = f"parameter '{name}' {shape}: expected an initializer like {XAVIER}, got {init!r}"
     try:
         kind, arguments = json.loads(init)
         arguments = dict(arguments)
@@ -55,7 +58,7 @@ def first_value(name: str, shape: Shape, init: str | None, seed: int) -> np.ndar
     rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
     fill = _FILLS.get(str(kind))
     if fill is None:
-        raise ValueError(f"parameter '{name}': unknown initialiser '{kind}'; known: {', '.join(_FILLS)}")
+        raise ValueError(f"parameter '{name}': unknown initializer '{kind}'; known: {', '.join(_FILLS)}")
     arguments = {"value": float(kind == "one")} | arguments if fill is _constant else arguments
     try:
         return np.asarray(fill(rng, shape, **arguments), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The layers that the models are written in: short forms over the vocabulary, with the defaults of a detector."""
+"""Layers for the models: short forms of the vocabulary with a detector's defaults."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from symbol.graph import Symbol, create, current_prefix, var
-from symbol.op_table import Shape
+from symbol.ops import Shape
 
 Normalizer = Callable[..., Symbol]
 
@@ -23,7 +23,7 @@ def conv(
     bias: Symbol | None = None,
     init: str | None = None,
 ) -> Symbol:
-    """A convolution that keeps the size (divided by stride) unless `pad` says otherwise; `init` is its weight's."""
+    """Convolve; without `pad` the size stays, divided by stride. `init` initializes the weight."""
     if weight is None and init is not None:
         weight = var(f"{current_prefix()}{name}_weight", init=init)
     pad = kernel // 2 if pad is None else pad
@@ -62,7 +62,7 @@ def max_pool(data: Symbol, name: str, kernel: int, stride: int, pad: int = 0) ->
 
 
 def upsample_like(data: Symbol, like: Symbol, name: str, scale: int) -> Symbol:
-    """Nearest-neighbour upsampling by `scale`, cut to the size of `like`."""
+    """Upsample by `scale` (nearest neighbour) and cut to the size of `like`."""
     up = create("UpSampling", data, name=name, scale=scale, sample_type="nearest", num_args=1)
     return create("slice_like", up, like, name=f"{name}_clip")
 
@@ -72,7 +72,7 @@ def add_n(*terms: Symbol, name: str) -> Symbol:
 
 
 def reshape(data: Symbol, shape: Shape, name: str) -> Symbol:
-    """MXNet's Reshape; for its codes see `symbol.shape_rules.reshape`."""
+    """Reshape with MXNet's codes; see `symbol.ops.layout.infer_reshape`."""
     return create("Reshape", data, shape=shape, name=name)
 
 
@@ -92,11 +92,11 @@ def normalizer_factory(
     eps: float = 1e-5,
     lr_mult: float = 1.0,
 ) -> Normalizer:
-    """A function (data, name) -> batch-normalised data.
+    """Return a function (data, name) -> batch-normalized data.
 
-    localbn: each device's own statistics; syncbn: those of all `ndev` devices; fixbn: the moving statistics, also in
-    training. wd_mult and lr_mult reach gamma and beta; momentum is that of the moving statistics; eps is added to the
-    variance.
+    localbn: statistics per device; syncbn: statistics over all `ndev` devices; fixbn: the moving statistics, also in
+    training. wd_mult and lr_mult apply to gamma and beta; momentum is that of the moving statistics; eps is added to
+    the variance.
     """
 
     def local_bn(data: Symbol, name: str) -> Symbol:
@@ -109,7 +109,7 @@ def normalizer_factory(
         return create("BatchNorm", data, name=name, use_global_stats=True, **common)
 
     common: dict[str, Any] = {"eps": eps, "momentum": momentum, "fix_gamma": False, "wd_mult": wd_mult}
-    if lr_mult != 1:  # which a variable without the attribute has
+    if lr_mult != 1:  # the default of a variable
         common["lr_mult"] = lr_mult
     normalizers = {"localbn": local_bn, "syncbn": sync_bn, "fixbn": fix_bn}
     if type not in normalizers:

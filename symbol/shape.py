@@ -1,4 +1,4 @@
-"""Shape inference over a graph, forwards and backwards: the rules of `symbol.shape_rules` until nothing changes."""
+"""Shape inference over a graph, forwards and backwards: the operators' rules until nothing changes."""
 
 from __future__ import annotations
 
@@ -7,48 +7,33 @@ from collections.abc import Mapping
 from typing import Any
 
 from symbol.attributes import Attr, nearest
-from symbol.graph import Entry, Node, Symbol
-from symbol.op_table import Shape, find_op
-from symbol.shape_rules import RULES, MaybeShape, Shapes, merge
+from symbol.node import Entry, Node
+from symbol.ops import Shape, find_op
+from symbol.ops.row import MaybeShape, Shapes
+from symbol.ops.rules import merge
 
-_MOST_DIMS = 32  # MXNet's graphs have five
-_MOST_PASSES = 50  # ours need three or four
-
-
-def infer_shape(symbol: Symbol, given: Mapping[str, Shape]) -> tuple[list[Shape], list[Shape], list[Shape]]:
-    """(argument, output, auxiliary) shapes; see `Symbol.infer_shape`."""
-    known = propagate(symbol, given)
-    inputs = symbol.list_inputs()
-    variables = {node.name: known.get((node, 0), ()) for node in symbol.nodes() if node.is_variable}
-    open_names = [name for name, shape in variables.items() if name not in inputs and (not shape or 0 in shape)]
-    outputs = [known.get(entry, ()) for entry in symbol.entries]
-    open_names += [name for name, shape in zip(symbol.list_outputs(), outputs, strict=True) if not shape or 0 in shape]
-    if open_names:
-        came = ", ".join(f"{name}={shape}" for name, shape in given.items()) or "nothing"
-        raise ValueError(
-            f"the shapes of {', '.join(open_names[:8])} do not follow from {came}; give the shape of "
-            f"{', '.join(name for name in inputs if not variables[name] or 0 in variables[name])}"
-        )
-    arguments, auxiliary = symbol.list_arguments(), symbol.list_auxiliary_states()
-    return [variables[name] for name in arguments], outputs, [variables[name] for name in auxiliary]
+_MAX_DIMS = 32  # MXNet's graphs have five
+_MAX_PASSES = 50  # the models need three or four
 
 
-def propagate(symbol: Symbol, given: Mapping[str, Shape]) -> dict[Entry, Shape]:
-    """What is known of every entry, unknown dimensions as 0. Hidden outputs are included."""
-    nodes = symbol.nodes()
-    known = _start(nodes, given)
+def propagate(nodes: list[Node], given: Mapping[str, Shape]) -> dict[Entry, Shape]:
+    """Infer the shapes of a graph's nodes (inputs before their users) from those of some variables.
+
+    Returns what is known of every entry, hidden outputs included, with unknown dimensions as 0.
+    """
+    known = _given_shapes(nodes, given)
     nodes = [node for node in nodes if not node.is_variable]
-    for _ in range(_MOST_PASSES):
+    for _ in range(_MAX_PASSES):
         changed = False
         for node in nodes:
             changed |= _apply(node, known)
         if not changed:
             return known
-        nodes.reverse()  # what is known goes up or down a whole chain in one pass
-    raise ValueError(f"the shapes are still changing after {_MOST_PASSES} passes over the graph: give more of them")
+        nodes.reverse()  # a shape travels up or down a whole chain in one pass
+    raise ValueError(f"the shapes are still changing after {_MAX_PASSES} passes over the graph: give more of them")
 
 
-def _start(nodes: list[Node], given: Mapping[str, Shape]) -> dict[Entry, Shape]:
+def _given_shapes(nodes: list[Node], given: Mapping[str, Shape]) -> dict[Entry, Shape]:
     variables = [node for node in nodes if node.is_variable]
     names = Counter(node.name for node in variables)
     twice = [name for name, count in names.items() if count > 1]
@@ -83,30 +68,32 @@ def _read_shape(name: str, value: Any) -> Shape:
 
 
 def _apply(node: Node, known: dict[Entry, Shape]) -> bool:
+    """Merge what the node's rule says into `known`; return whether that changed it."""
     row = find_op(node.op)
     outputs: list[Entry] = [(node, index) for index in range(len(row.outputs))]
     ins: Shapes = [known.get(entry) for entry in node.inputs]
     outs: Shapes = [known.get(entry) for entry in outputs]
-    slots = row.input_names(node.full_attrs())
+    attrs = node.full_attrs()
+    slots = row.input_names(attrs)
     try:
-        said_ins, said_outs = RULES[node.op](node.full_attrs(), ins, outs)
+        inferred_ins, inferred_outs = row.shapes(attrs, ins, outs)
     except ValueError as error:
         came = ", ".join(f"{slot} {shape}" for slot, shape in zip(slots, ins, strict=True))
         raise ValueError(f"{node.op} '{node.name}': {error!s:.500} (inputs: {came:.500})") from None
     changed = False
     labels = [*slots, *row.outputs]
-    for label, entry, said in zip(labels, [*node.inputs, *outputs], [*said_ins, *said_outs], strict=True):
-        had = known.get(entry)
-        if said is not None and (len(said) > _MOST_DIMS or max(said, default=0) >= 2**63):
+    for label, entry, inferred in zip(labels, [*node.inputs, *outputs], [*inferred_ins, *inferred_outs], strict=True):
+        before = known.get(entry)
+        if inferred is not None and (len(inferred) > _MAX_DIMS or max(inferred, default=0) >= 2**63):
             raise ValueError(
-                f"{node.op} '{node.name}': '{label}' would have {len(said)} sides; expected {_MOST_DIMS} at most, "
+                f"{node.op} '{node.name}': '{label}' would have {len(inferred)} sides; expected {_MAX_DIMS} at most, "
                 "each below 2^63"
             )
         try:
-            merged = merge(had, said)
+            merged = merge(before, inferred)
         except ValueError:
-            raise ValueError(f"{node.op} '{node.name}': '{label}' should be {said}, but it is {had}") from None
-        if merged is not None and merged != had:
+            raise ValueError(f"{node.op} '{node.name}': '{label}' should be {inferred}, but it is {before}") from None
+        if merged is not None and merged != before:
             known[entry] = merged
             changed = True
     return changed

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is 
 
 from core.run.atomic_file import atomic_file
 from symbol import Node, Symbol, load_json
-from symbol.op_table import Shape
+from symbol.ops import Shape
 from symbol.shape import propagate
 
 _HEAD = 10_000  # the last stage
@@ -59,7 +59,7 @@ def read_symbol(path: Path) -> Symbol:
 def table(symbol: Symbol, shapes: dict[str, Shape]) -> list[str]:
     """A line for every operator: op, name, shapes of its outputs and its parameters' elements, each parameter where it
     is first used; then their sum. Raises ValueError for shapes that contradict each other."""
-    known = propagate(symbol, shapes)
+    known = propagate(symbol.nodes(), shapes)
     counted = {*symbol.list_inputs(), *symbol.list_auxiliary_states()}
     rows = [("op", "name", "output", "parameters")]
     total, is_known = 0, True

@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from symbol import Symbol
-from symbol.activations import Activations, activations
-from symbol.recompute import Plan, smallest, within
+from symbol.memory import Activations, Plan, count_activations, smallest, within
 
 if TYPE_CHECKING:
     from config.schema import ModelParam
@@ -60,7 +59,8 @@ def step_memory(symbol: Symbol, model_param: ModelParam, batch_image: int, short
     arguments, _, _ = symbol.infer_shape(data=shape)
     inputs = set(symbol.list_inputs())
     sizes = {name: shape for name, shape in zip(symbol.list_arguments(), arguments, strict=True) if name not in inputs}
-    memory = StepMemory(batch_image, sum(map(math.prod, sizes.values())), activations(symbol, {"data": shape}, fixed))
+    counted = count_activations(symbol, {"data": shape}, fixed)
+    memory = StepMemory(batch_image, sum(map(math.prod, sizes.values())), counted)
     if not model_param.memonger:
         return memory
     return replace(memory, plan=_plan(memory, model_param.memonger_until, model_param.memonger_budget))

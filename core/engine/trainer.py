@@ -29,8 +29,8 @@ from core.protocol import StepRecord
 from core.weights.checkpoint import Checkpoint, read_tensors
 from core.weights.first_weights import first_weights, shapes_of
 from models.record import Batch, select
+from symbol.memory import Plan
 from symbol.passes import in_precision
-from symbol.recompute import Plan
 
 if TYPE_CHECKING:
     from config.schema import Config

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 
 from symbol import Node, Symbol
-from symbol.op_table import Shape
+from symbol.ops import Shape, find_op
 from symbol.shape import propagate
 
 # A node belongs to the stage that its name begins with.
@@ -17,10 +17,6 @@ _STAGES = (
     ("head", re.compile(r"(cls|bbox)(?=_)")),
 )
 _KINDS = ("stem", "backbone", "neck", "head", "loss")  # the order of the table
-_LOSS_OPS = {
-    *("Reshape", "transpose", "Concat", "slice_axis", "elemwise_sub", "elemwise_mul", "broadcast_div", "smooth_l1"),
-    *("_contrib_FocalLoss", "_contrib_BBoxNorm", "MakeLoss"),
-}
 
 
 @dataclass
@@ -59,7 +55,7 @@ class NetworkTable:
 
 def stage_of(node: Node) -> tuple[str, str]:
     """The kind of stage that a node belongs to, and the stage's name, by the node's own name."""
-    if node.op in _LOSS_OPS:
+    if find_op(node.op).in_loss:
         return "loss", "loss"
     for kind, pattern in _STAGES:
         match = pattern.match(node.name)
@@ -72,8 +68,8 @@ def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
     """Count a graph at these input shapes. A parameter that several layers share counts once, where it is first used;
     a multiply-add is one multiplication and one addition of a convolution.
     """
-    known = propagate(symbol, input_shapes)
-    inputs, auxiliary = set(symbol.list_inputs()), set(symbol.list_auxiliary_states())
+    known = propagate(symbol.nodes(), input_shapes)
+    fed, auxiliary = set(symbol.list_inputs()), set(symbol.list_auxiliary_states())
     stages: dict[tuple[str, str], Stage] = {}
     counted: set[str] = set()
     for node in symbol.nodes():
@@ -86,12 +82,12 @@ def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
         if kind in ("stem", "backbone") or math.prod(output[2:]) >= math.prod(stage.output[2:]):
             stage.output = output
         for child, _ in node.inputs:
-            is_parameter = child.is_variable and child.name not in inputs and child.name not in auxiliary
+            is_parameter = child.is_variable and child.name not in fed and child.name not in auxiliary
             if is_parameter and child.name not in counted:
                 counted.add(child.name)
                 stage.num_parameter += math.prod(known[child, 0])
-        if node.op == "Convolution":
-            stage.multiply_add += math.prod(output) * math.prod(known[node.inputs[1]][1:])
+        inputs = [known.get(entry, ()) for entry in node.inputs]
+        stage.multiply_add += find_op(node.op).multiply_adds(inputs, output)
     rows = [stage for (kind, _), stage in sorted(stages.items(), key=lambda item: _KINDS.index(item[0][0]))]
     return NetworkTable(
         rows,

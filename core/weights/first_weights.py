@@ -14,7 +14,7 @@ from core.weights.params_file import SUFFIX, read_params
 from core.weights.pretrain import find_backbone, load_backbone
 from core.weights.simpledet_weights import as_ours
 from models.backbone.resnet import variant_of
-from symbol.op_table import Shape
+from symbol.ops import Shape
 
 if TYPE_CHECKING:
     from config.schema import Config

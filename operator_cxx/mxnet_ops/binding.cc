@@ -1,7 +1,7 @@
 /* Necklace's operators as MXNet 1.9's own, registered through its lib_api.h and loaded by mx.library.load.
  *
- * Attributes, shapes and gradients are those of symbol/op_table.py, symbol/shape_rules.py and symbol/torch_ops.py; the
- * work is done by the kernels of necklace.h. Tensors are float32, as the graphs have them at their losses and predictions
+ * Attributes, shapes and gradients are those of symbol/ops and symbol/torch_backend; the work
+ * is done by the kernels of necklace.h. Tensors are float32, as the graphs have them at their losses and predictions
  * in every precision; the data of the losses may be float64.
  *
  * N images, A anchors per cell, C foreground classes, H x W cells, K anchors of all levels, P cells of all levels,

@@ -19,8 +19,8 @@ import symbol as S
 from core.engine_mxnet.graph import load_symbol
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol, var
-from symbol.lowering import LOWERINGS
-from symbol.op_table import OPS
+from symbol.ops import OPS
+from symbol.torch_backend.registry import TORCH
 
 Random = np.random.RandomState
 Inputs = dict[str, np.ndarray]
@@ -257,7 +257,7 @@ def test_elementwise_operators_refuse_what_mxnet_refuses(op: str) -> None:
 
 def test_every_operator_is_tried() -> None:
     ours = {"_foreground_mean", "_focal_loss_levels", "_smooth_l1_levels"}  # of passes, unknown to MXNet
-    assert CASES.keys() == OPS.keys() - ours == LOWERINGS.keys() - ours
+    assert CASES.keys() == OPS.keys() - ours == TORCH.lowerings.keys() - ours
 
 
 def run_mxnet(graph: Any, inputs: Inputs, heads: list[np.ndarray], training: bool) -> tuple[list[Any], Inputs, Inputs]:
@@ -299,7 +299,7 @@ def run_torch(
     return (
         [output.detach().numpy() for output in outputs],
         gradients,
-        {name: buffer.numpy() for name, buffer in module.named_buffers()},
+        {name: module.get_buffer(name).numpy() for name in graph.list_auxiliary_states()},
     )
 
 

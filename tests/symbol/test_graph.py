@@ -161,6 +161,7 @@ def test_deep_and_wide_graphs_take_linear_time():
         doubled = doubled + doubled  # 2^64 paths
     assert len(deep.nodes()) == 3001
     assert len(doubled.nodes()) == 65
+    assert repr(doubled.entries) == "((<Node elemwise_add 'x_elemwise_add" + 63 * "_elemwise_add" + "'>, 0),)"
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ def test_normal_and_constants():
     assert first_value("w", (2,), constant(-4.5), seed=0).tolist() == [-4.5, -4.5]
 
 
-def test_without_an_initialiser_the_ending_of_the_name_decides():
+def test_without_an_initializer_the_ending_of_the_name_decides():
     expected = {"_gamma": 1, "_moving_var": 1, "_beta": 0, "_bias": 0, "_moving_mean": 0}
     for ending, value in expected.items():
         assert (first_value(f"b{ending}", (5,), None, seed=0) == value).all()
     assert (first_value("c_weight", SHAPE, None, seed=3) == first_value("c_weight", SHAPE, MSRA, seed=3)).all()
-    with pytest.raises(ValueError, match="parameter 'scale' has no initialiser"):
+    with pytest.raises(ValueError, match="parameter 'scale' has no initializer"):
         first_value("scale", (5,), None, seed=0)
 
 
@@ -64,14 +64,14 @@ def test_a_value_depends_on_seed_and_name_alone():
         '["constant", {"value": [1, 2, 3, 4]}]',
     ],
 )
-def test_a_malformed_initialiser(init):
-    with pytest.raises(ValueError, match=r"parameter 'w' \(2, 3\): expected an initialiser like"):
+def test_a_malformed_initializer(init):
+    with pytest.raises(ValueError, match=r"parameter 'w' \(2, 3\): expected an initializer like"):
         first_value("w", (2, 3), init, seed=0)
 
 
 @pytest.mark.parametrize("init", ['["msraprelu", {}]', "[[], {}]"])
-def test_an_unknown_initialiser(init):
-    with pytest.raises(ValueError, match=r"parameter 'w': unknown initialiser .*known: zero, one, constant"):
+def test_an_unknown_initializer(init):
+    with pytest.raises(ValueError, match=r"parameter 'w': unknown initializer .*known: zero, one, constant"):
         first_value("w", (2, 3), init, seed=0)
 
 

@@ -44,8 +44,13 @@ def test_the_text_is_mxnets():
     }
 
 
+def test_an_attribute_without_a_default_in_mxnet_is_always_written():
+    graph = S.slice_axis(var("x"), axis=1, begin=-3, name="s")
+    assert json.loads(graph.tojson())["nodes"][1]["attrs"] == {"axis": "1", "begin": "-3", "end": "None"}
+
+
 def same(a: Symbol, b: Symbol) -> bool:
-    """Equal in everything that a Symbol shows, node by node."""
+    """Return whether two graphs are equal, node by node."""
     numbers = [{node: i for i, node in enumerate(s.nodes())} for s in (a, b)]
     rows = [
         [(n.op, n.name, dict(n.attrs), dict(n.hints), [(number[child], i) for child, i in n.inputs]) for n in s.nodes()]
@@ -66,7 +71,7 @@ def test_round_trip():
 
 @st.composite
 def graphs(draw):
-    """Random graphs: later nodes use earlier ones, some more than once."""
+    """Draw a random graph: later nodes use earlier ones, some more than once."""
     pool = [var(f"x{i}", wd_mult=draw(st.none() | st.floats(0, 9))) for i in range(draw(st.integers(1, 3)))]
     pick = st.deferred(lambda: st.sampled_from(pool))
     for i in range(draw(st.integers(0, 8))):
@@ -102,7 +107,7 @@ def test_round_trip_of_any_graph(graph):
 
 
 def mxnet_graph(attr_key):
-    """As MXNet writes it: its own spacing, every attribute a string, variables with their operator's attributes."""
+    """Return a graph as MXNet writes it: every attribute a string, variables with their operator's attributes."""
     attrs = {"kernel": "(3,3)", "num_filter": "8", "no_bias": "True", "pad": "(1,1)"}
     return {
         "nodes": [
@@ -158,7 +163,7 @@ def test_old_files_split_attributes_and_hints():
 
 
 def change(*path, to):
-    """The small graph's JSON with one value replaced (or, to=None, removed)."""
+    """Return the small graph's JSON with one value replaced (or, to=None, removed)."""
     data = json.loads(small_graph().tojson())
     at = data
     for key in path[:-1]:
@@ -237,7 +242,7 @@ def test_hostile_texts(text, message):
         load_json(text)
 
 
-def test_no_count_is_believed():
+def test_counts_in_a_file_are_ignored():
     data = {"nodes": [{"op": "null", "name": "x"}, {"op": "add_n", "name": "s", "attrs": {"num_args": "999999999"}}]}
     with pytest.raises(ValueError, match="num_args: expected 1 to 1024, got 999999999"):
         load_json(json.dumps(data | {"heads": [[1, 0, 0]]}))
@@ -259,7 +264,7 @@ def test_a_long_chain_of_shared_inputs():
 
 
 @pytest.mark.parametrize("key, value", [("arg_nodes", [5, -1, "x"]), ("node_row_ptr", [10**9]), ("attrs", "x")])
-def test_what_follows_from_the_nodes_is_not_believed(key, value):
+def test_redundant_fields_are_ignored(key, value):
     assert same(load_json(change(key, to=value)), small_graph())
     assert same(load_json(change(key, to=None)), small_graph())
 
@@ -288,7 +293,7 @@ anything = st.recursive(
 
 
 def places(value, path=()):
-    """The path of every value inside."""
+    """Yield the path of every value inside."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in children:
         yield (*path, key)

@@ -30,7 +30,7 @@ def test_a_convolution_divides_the_size_by_its_stride(kernel, stride):
     assert x.list_arguments() == ["data", "c_weight"]
 
 
-def test_a_convolution_with_its_own_padding_bias_and_initialiser():
+def test_a_convolution_with_its_own_padding_bias_and_initializer():
     with Prefix("S1_"):
         x = conv(var("data"), "c", 8, kernel=3, pad=0, no_bias=False, init='["zero", {}]')
     assert output_shape(x, data=(1, 3, 16, 16)) == (1, 8, 14, 14)

@@ -12,7 +12,7 @@ def conv(data, name="c", **kwargs):
 
 
 def shapes_of(graph, **given):
-    """Every argument's, output's and auxiliary state's shape by name."""
+    """Return the shapes of arguments, outputs and auxiliary states by name."""
     names = (graph.list_arguments(), graph.list_outputs(), graph.list_auxiliary_states())
     parts = zip(names, graph.infer_shape(**given), strict=True)
     return {name: shape for part, shapes in parts for name, shape in zip(part, shapes, strict=True)}
@@ -76,7 +76,7 @@ def test_a_parameter_may_be_given_instead():
 def test_hints_fill_what_is_open():
     data = var("data", shape=(0, 3, 0, 0))
     graph = conv(data, no_bias=True)
-    known = {node.name: shape for (node, _), shape in propagate(graph, {}).items()}
+    known = {node.name: shape for (node, _), shape in propagate(graph.nodes(), {}).items()}
     assert known == {"data": (0, 3, 0, 0), "c_weight": (8, 3, 3, 3), "c": (0, 8, 0, 0)}
     assert graph.infer_shape(data=(2, 0, 5, 5))[0] == [(2, 3, 5, 5), (8, 3, 3, 3)]
 
@@ -140,7 +140,7 @@ def chain(length: int) -> list[dict]:
     return nodes + [{"op": "MakeLoss", "name": f"n{i}", "inputs": [[i, 0]]} for i in range(length)]
 
 
-def test_a_shape_goes_up_a_long_chain_in_one_pass():
+def test_a_shape_propagates_up_a_long_chain():
     last = {"op": "elemwise_add", "name": "s", "inputs": [[2000, 0], [2001, 0]]}
     known = {"op": "null", "name": "y", "attrs": {"__shape__": "(1, 2)"}}
     graph = load_json(json.dumps({"nodes": [*chain(2000), known, last], "heads": [[2002, 0]]}))

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ import torch
 
 import symbol as S
 from core.report.network_table import network_table
-from symbol import lowering, torch_ops
-from utils.acceptance import ap, by_operator, profile_step, report, steps
+from symbol.torch_backend import nn
+from symbol.torch_backend.registry import TORCH
+from utils.acceptance import ap, report
 from utils.acceptance.context import Context
-from utils.acceptance.floor import convolutions
 from utils.acceptance.networks import EXPERIMENTS, NARROW, NASFPN_640, config_of, published
-from utils.acceptance.options import cast_behind_convolutions
+from utils.acceptance.parity import by_operator, steps
+from utils.acceptance.stage import profile_step
+from utils.acceptance.stage.floor import convolutions
+from utils.acceptance.stage.options import cast_behind_convolutions
 from utils.acceptance.stages import BUDGET, STAGES, Stage, run_stages
 
 ROOT = Path(__file__).parents[2]
@@ -290,10 +294,10 @@ def test_the_predictions_cast_moves_behind_them() -> None:
 
 def test_an_operator_that_computes_something_else_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def off(data: torch.Tensor, *, act_type: str) -> torch.Tensor:
-        result = torch_ops.activation(data, act_type=act_type)
+        result = nn.activation(data, act_type=act_type)
         return result if data.dtype == torch.float64 else 1.1 * result
 
-    monkeypatch.setitem(lowering.LOWERINGS, "Activation", off)  # type: ignore[arg-type]
+    monkeypatch.setitem(TORCH.lowerings, "Activation", replace(TORCH.lowerings["Activation"], function=off))
     context = context_in(tmp_path)
     by_operator.run(context)
     assert context.failures == ["operators in bfloat16 agree"]
@@ -304,9 +308,9 @@ def test_an_operator_that_computes_something_else_is_found(tmp_path: Path, monke
 
 def test_another_layout_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def other(data: torch.Tensor, **attrs: Any) -> torch.Tensor:
-        return torch_ops.pooling(data, **attrs).contiguous()
+        return nn.pooling(data, **attrs).contiguous()
 
-    monkeypatch.setitem(lowering.LOWERINGS, "Pooling", other)  # type: ignore[arg-type]
+    monkeypatch.setitem(TORCH.lowerings, "Pooling", replace(TORCH.lowerings["Pooling"], function=other))
     context = context_in(tmp_path)
     steps._channels_last(context, "float32")
     assert len(context.failures) == 1

@@ -1,6 +1,6 @@
 """A stage as a process.
 
-python3 -m utils.acceptance utils.acceptance.machine --stage 0 --device cuda --out DIR --work DIR --deadline T
+python3 -m utils.acceptance utils.acceptance.stage.machine --stage 0 --device cuda --out DIR --work DIR --deadline T
 """
 
 from __future__ import annotations

@@ -40,16 +40,16 @@ class Stage:
 
 BUDGET = 540.0
 STAGES = (
-    Stage(0, "the machine", 20, "utils.acceptance.machine", timed=True),
-    Stage(1, "kernels built and loaded", 70, "utils.acceptance.kernels"),
-    Stage(2, "the operators' tests", 75, "utils.acceptance.operator_tests"),
-    Stage(3, "the device against the CPU", 75, "utils.acceptance.parity"),
-    Stage(4, "training steps", 110, "utils.acceptance.speed", timed=True),
-    Stage(5, "profile of a step", 25, "utils.acceptance.profile_step", timed=True),
-    Stage(6, "options for speed", 45, "utils.acceptance.options", timed=True),
-    Stage(7, "convolutions alone", 20, "utils.acceptance.floor", timed=True),
-    Stage(8, "operators alone", 35, "utils.acceptance.operators", timed=True),
-    Stage(9, "the demo", 65, "utils.acceptance.demo", ahead="utils.acceptance.demo_on_cpu"),
+    Stage(0, "the machine", 20, "utils.acceptance.stage.machine", timed=True),
+    Stage(1, "kernels built and loaded", 70, "utils.acceptance.stage.kernels"),
+    Stage(2, "the operators' tests", 75, "utils.acceptance.stage.operator_tests"),
+    Stage(3, "the device against the CPU", 75, "utils.acceptance.parity.networks"),
+    Stage(4, "training steps", 110, "utils.acceptance.stage.speed", timed=True),
+    Stage(5, "profile of a step", 25, "utils.acceptance.stage.profile_step", timed=True),
+    Stage(6, "options for speed", 45, "utils.acceptance.stage.options", timed=True),
+    Stage(7, "convolutions alone", 20, "utils.acceptance.stage.floor", timed=True),
+    Stage(8, "operators alone", 35, "utils.acceptance.stage.operators", timed=True),
+    Stage(9, "the demo", 65, "utils.acceptance.stage.demo", ahead="utils.acceptance.stage.demo_on_cpu"),
 )
 
 

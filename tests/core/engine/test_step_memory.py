@@ -1,4 +1,4 @@
-"""The memory of a step and its budget; what autograd keeps is checked in tests/symbol/test_recompute.py."""
+"""The memory of a step and its budget; what autograd keeps is checked in tests/symbol/memory/test_recompute.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from config.load import load_config
 from core.engine.step_memory import GIB, MIB, plan_recompute, step_memory
 from core.report.dry_run import describe_run
-from symbol.activations import activations
+from symbol.memory import count_activations
 from tests.core.report.test_network_table import small_graph
 from tests.small_config import DEMO, SMALL_NETWORK
 
@@ -94,15 +94,15 @@ def test_a_dry_run_shows_the_effect_in_the_precision_of_the_run() -> None:
     path = CONFIGS / "retina_r50v1b_fpn_640_1@256_25epoch.py"
     text = describe_run(load_config(path, is_train=True, overrides=("ModelParam.memonger=True",)))
     assert "Memory of a step on each device (8 images, activations in float16)" in text
-    assert "memonger: computed again up to " in text
-    assert "% more multiply-adds in a step" in text
+    assert "memonger: recomputed up to " in text
+    assert "% more multiply-adds per step" in text
     plain = describe_run(load_config(path, is_train=True, overrides=("General.fp16=False",)))
     assert "activations in float32" in plain
     assert "memonger" not in plain
 
 
 def test_activations_by_hand() -> None:
-    counted = activations(small_graph(), {"data": (1, 3, 512, 512)})
+    counted = count_activations(small_graph(), {"data": (1, 3, 512, 512)})
     # data, conv0's output, relu0's, conv1's, relu1's (for C6 and the fine head), C6's (for the coarse head)
     kept = 3 * 512**2 + 2 * 4 * 256**2 + 2 * 8 * 256**2 + 8 * 128**2
     index = 8 * 8 * 128**2  # where each maximum of C6 was, eight bytes each

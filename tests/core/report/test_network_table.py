@@ -36,3 +36,17 @@ def test_the_table_as_text_leaves_out_what_costs_nothing() -> None:
     lines = network_table(small_graph(), data=(1, 3, 8, 8)).lines()
     assert [line.split("  ")[0].strip() for line in lines] == ["stage", "stem", "backbone stage1", "head cls", "total"]
     assert lines[-1].split() == ["total", "383", "6,560"]
+
+
+def test_losses_are_a_stage_of_their_own() -> None:
+    difference = S.elemwise_sub(small_graph()[1], S.var("target"), name="difference")
+    weighted = S.elemwise_mul(S.var("weight"), S.smooth_l1(difference, name="smooth"), name="weighted")
+    table = network_table(S.MakeLoss(weighted, name="total"), data=(1, 3, 8, 8))
+    outputs = {stage.name: stage.output for stage in table.stages}
+    # a node whose name belongs to no stage would count as the stem
+    assert outputs == {
+        "stem": (1, 4, 4, 4),
+        "backbone stage1": (1, 8, 4, 4),
+        "head cls": (1, 3, 4, 4),
+        "loss": (1, 3, 4, 4),
+    }

@@ -1,0 +1,60 @@
+"""Anchors and candidates. N images, A anchors per cell, C classes, H, W. Boxes are xyxy in input pixels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from operator_cxx.anchor import base_anchors, grid_anchors
+from operator_cxx.retina_decode import retina_decode
+from symbol.ops.row import Attrs
+from symbol.torch_backend.registry import lowers
+
+
+def _base_anchors(*, scales: tuple[float, ...], ratios: tuple[float, ...], feature_stride: int) -> Tensor:
+    """Return the base anchors (A, 4) float64, a constant of the module: no batch copies them to the device."""
+    return torch.from_numpy(base_anchors(feature_stride, scales, ratios))
+
+
+@lowers("_contrib_GenAnchor", constant=_base_anchors)
+def gen_anchor(cls_prob: Tensor, base: Tensor, *, feature_stride: int, **_: Any) -> Tensor:
+    """Return anchors (H*W*A, 4), A fastest, for a map (N, A*C, H, W) from base anchors (A, 4) on its device."""
+    return grid_anchors(cls_prob.shape[2], cls_prob.shape[3], feature_stride, base, cls_prob.device)
+
+
+def _refuse_proposal(attrs: Attrs) -> bool:
+    plain_deltas = not any(attrs["anchor_mean"]) and set(attrs["anchor_std"]) <= {1.0}
+    return attrs["iou_loss"] or attrs["batch_wise_anchor"] or not attrs["output_one_hot"] or not plain_deltas
+
+
+@lowers(
+    "_contrib_GenProposalRetina",
+    refuses=_refuse_proposal,
+    only="plain deltas (anchor_mean 0, anchor_std 1), one-hot scores, one anchor set",
+)
+def gen_proposal_retina(
+    cls_prob: Tensor,
+    bbox_pred: Tensor,
+    im_info: Tensor,
+    anchors: Tensor,
+    *,
+    num_anchors: int,
+    rpn_pre_nms_top_n: int,
+    thresh: float,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return boxes (N, top_n, 4) and scores (N, top_n, C + 1), one class per row above 0; unused rows are 0."""
+    bbox, score, cls = retina_decode(
+        cls_prob,
+        bbox_pred,
+        im_info,
+        anchors,
+        pre_nms_top_n=rpn_pre_nms_top_n,
+        thresh=thresh,
+        num_anchors=num_anchors,
+    )
+    num_class = cls_prob.shape[1] // num_anchors + 1
+    one_hot = score.new_zeros(*score.shape, num_class).scatter(2, cls.unsqueeze(2), score.unsqueeze(2))
+    return bbox, one_hot
