@@ -24,12 +24,12 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
 def run_in_processes(function: Callable[..., Any], *arguments: Any, size: int = 2, timeout: float = 300) -> list[Any]:
     """What `function(rank, *arguments)` returned in each process of a group, by rank.
 
-    The function must be one of a module, and arguments and results ones that pickle takes; tensors of a CPU are. A
-    process that fails, dies or takes longer than `timeout` seconds is an AssertionError with its rank and traceback.
-    No process is left behind.
+    The function must be one of a module, and arguments and results ones that pickle takes; tensors of a CPU are. Each
+    process computes with as many threads as this one. One that fails, dies or takes longer than `timeout` seconds is an
+    AssertionError with its rank and traceback. No process is left behind.
     """
     environment = dict(os.environ)  # as it is now: the process that is forked from keeps that of its start
-    task = (function, arguments)
+    task = (function, arguments, torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         pipes = [_context.Pipe(duplex=False) for _ in range(size)]
         processes = [
@@ -70,7 +70,7 @@ def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
 def _child(
     pipe: Connection,
     environment: dict[str, str],
-    task: tuple[Callable[..., Any], tuple[Any, ...]],
+    task: tuple[Callable[..., Any], tuple[Any, ...], int],
     folder: str,
     rank: int,
     size: int,
@@ -78,7 +78,8 @@ def _child(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
-    torch.set_num_threads(1)
+    function, arguments, threads = task
+    torch.set_num_threads(threads)  # the number decides how sums are rounded
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not resolve
     result, error = None, None
     try:
@@ -86,7 +87,6 @@ def _child(
         dist.init_process_group(
             "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
-        function, arguments = task
         result = function(rank, *arguments)
         dist.barrier()  # who leaves early would break the connection of one still at work
         dist.destroy_process_group()
