@@ -51,7 +51,7 @@ def numpy_binding() -> list[Extension]:
         "operator_cxx.numpy_ops",
         [str(FOLDER / "numpy_ops.pyx")],
         language="c++",
-        include_dirs=[str(FOLDER)],
+        include_dirs=[str(FOLDER / "include")],
         define_macros=[("NK_SOURCES", f'"{source_hash()}"')],
         extra_objects=[str(library_path("cpu"))],
         extra_link_args=[f"-Wl,-rpath,{beside}/{library_path('cpu').parent.name}"],

@@ -37,7 +37,8 @@ _CTYPES: Mapping[str, Any] = {
 
 def _declarations() -> dict[str, tuple[Any, list[Any]]]:
     """Result and argument types of every function of necklace.h."""
-    text = re.sub(r"/\*.*?\*/|^#.*?$", "", (HERE / "necklace.h").read_text(), flags=re.DOTALL | re.MULTILINE)
+    header = (HERE / "include" / "necklace.h").read_text()
+    text = re.sub(r"/\*.*?\*/|^#.*?$", "", header, flags=re.DOTALL | re.MULTILINE)
     found = {}
     for result, name, arguments in re.findall(r"NK_EXPORT ([\w ]+\*?) ?(nk_\w+)\(([^)]*)\)", text):
         types = [argument.strip().rpartition(" ")[0] for argument in arguments.split(",") if argument.strip() != "void"]

@@ -26,6 +26,7 @@ from operator_cxx.build import (
     compiler,
     cuda_compiler,
     failed,
+    include_flags,
     library_path,
     read_info,
     run,
@@ -68,7 +69,7 @@ def build(out: Path, archs: str = "") -> bool:
             'extern "C" __attribute__((visibility("default"))) const char* nk_mxnet_build_info() '
             f'{{ return R"json({info})json"; }}\n'
         )
-        headers = [f"-I{HERE.parent}", "-isystem", str(mxnet / "include")]
+        headers = [*include_flags(), "-isystem", str(mxnet / "include")]
         jobs = [
             [*cxx, *cuda, *headers, "-c", str(HERE / "binding.cc")],
             # MXNet's own half of the interface: its functions must be seen from outside
@@ -77,7 +78,7 @@ def build(out: Path, archs: str = "") -> bool:
         ]
         if archs:
             nvcc = [*cuda_compiler(), *NVCC_FLAGS, *arch_flags(archs)]
-            jobs.append([*nvcc, f"-I{HERE.parent}", "-c", str(HERE / "pointwise.cu")])
+            jobs.append([*nvcc, *include_flags(), "-c", str(HERE / "pointwise.cu")])
         objects = [str(Path(folder) / f"{index}.o") for index in range(len(jobs))]
         for job, target in zip(jobs, objects, strict=True):
             run([*job, "-o", target])

@@ -24,10 +24,7 @@ def plain_environment(monkeypatch):
 def small(monkeypatch, tmp_path):
     """A copy of the sources of which only error.cc is compiled; its libraries go to `built` there."""
     folder = tmp_path / "operator_cxx"
-    folder.mkdir()
-    for path in build.HERE.iterdir():
-        if path.suffix in (".h", ".cc", ".cu", ".cuh", ".pyx", ".py"):
-            shutil.copy(path, folder)
+    shutil.copytree(build.HERE, folder, ignore=shutil.ignore_patterns("built", "*.so", "__pycache__"))
     monkeypatch.setattr(build, "HERE", folder)
     monkeypatch.setattr(build, "BUILT", folder / "built")
     monkeypatch.setattr(build, "STEMS", ("error",))
@@ -89,11 +86,21 @@ def test_what_is_up_to_date_stays(small, monkeypatch):
     assert out.stat().st_ino != inode  # programs that run keep the file that they have
     monkeypatch.setenv("NECKLACE_MARCH", PORTABLE)
     assert build.build_cpu(out, ["-g"]) is True  # another processor
-    with (small / "common.h").open("a") as header:
+    with (small / "include" / "common.h").open("a") as header:
         header.write("// changed\n")
     assert build.build_cpu(out, ["-g"]) is True  # other sources
     assert build.build_cpu(out, ["-g"]) is False
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_every_source_is_hashed(small):
+    sources = [path for path in small.rglob("*") if path.suffix in (".h", ".cuh", ".cc", ".cu", ".pyx")]
+    kernels = [path for path in sources if "mxnet_ops" not in path.parts]  # whose sources have a hash of their own
+    assert len(kernels) > 25
+    for path in [*kernels, small / "build.py"]:
+        before = build.source_hash()
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert build.source_hash() != before, path
 
 
 def test_for_any_processor(small, monkeypatch):
@@ -142,7 +149,7 @@ def test_processor_features_are_read(monkeypatch):
 
 
 def test_compiler_error_is_shown(small):
-    (small / "error.cc").write_text("int broken() { return undeclared; }\n")
+    (small / "kernels" / "cpu" / "error.cc").write_text("int broken() { return undeclared; }\n")
     with pytest.raises(build.BuildError, match=r"(?s)-c .*error\.cc.*undeclared"):
         build.build_cpu(small / "built" / "necklace_cpu.so")
     assert list((small / "built").iterdir()) == []
@@ -215,19 +222,19 @@ def test_gpus_get_a_library(small, only_program, monkeypatch):
 def test_gpus_without_nvcc(small, only_program, monkeypatch):
     only_program(nvidia_smi="echo 9.0")
     said = list(build.build_all())
-    assert said[1].startswith("operators for GPUs not built, plain torch serves there: no CUDA compiler")
+    assert said[1].startswith("operators for GPUs not built, plain torch is used there: no CUDA compiler")
     monkeypatch.setenv("NECKLACE_CUDA", "1")
-    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 does without"):
+    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 builds without"):
         list(build.build_all())
     monkeypatch.delenv("NECKLACE_CUDA")
     monkeypatch.setenv("NECKLACE_CUDA_ARCHS", "90")
-    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 does without"):
+    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 builds without"):
         list(build.build_all())
 
 
 def test_a_failing_cuda_build_names_the_way_out(small, only_program, monkeypatch):
     only_program(nvcc="echo nvcc is broken; exit 1", nvidia_smi="echo 9.0")
-    with pytest.raises(build.BuildError, match=r"(?s)nvcc is broken.*NECKLACE_CUDA=0 does without"):
+    with pytest.raises(build.BuildError, match=r"(?s)nvcc is broken.*NECKLACE_CUDA=0 builds without"):
         list(build.build_all())
     monkeypatch.setenv("NECKLACE_CUDA", "maybe")
     with pytest.raises(build.BuildError, match="NECKLACE_CUDA: expected 0, 1 or nothing, got 'maybe'"):
@@ -237,7 +244,7 @@ def test_a_failing_cuda_build_names_the_way_out(small, only_program, monkeypatch
 def test_cuda_for_no_gpu(small, only_program, monkeypatch):
     only_program(nvcc=FAKE_NVCC)
     monkeypatch.setenv("NECKLACE_CUDA", "1")
-    with pytest.raises(build.BuildError, match="no GPU to build for: say which, for example NECKLACE_CUDA_ARCHS=75"):
+    with pytest.raises(build.BuildError, match="no GPU to build for: set for example NECKLACE_CUDA_ARCHS=75"):
         list(build.build_all())
 
 
@@ -297,10 +304,10 @@ def test_without_cython_the_kernels_are_built_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("stem", build.STEMS)
 def test_sources_compile_without_a_warning(stem):
-    source = build.HERE / f"{stem}.cc"
-    build.run([*build.compiler(), *build.CXX_FLAGS, "-Werror", "-fsyntax-only", str(source)])
+    source = build.HERE / "kernels" / "cpu" / f"{stem}.cc"
+    build.run([*build.compiler(), *build.CXX_FLAGS, *build.include_flags(), "-Werror", "-fsyntax-only", str(source)])
 
 
 def test_the_interface_is_c():
     strict = ["-x", "c", "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    build.run([*build.compiler(), *strict, "-fsyntax-only", str(build.HERE / "necklace.h")])
+    build.run([*build.compiler(), *strict, "-fsyntax-only", str(build.HERE / "include" / "necklace.h")])

@@ -53,7 +53,7 @@ NK_EXPORT int run_add(unsigned long long* sum, int blocks, int threads) {
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "kernels.cu").write_text(KERNELS)
-    include = [f"-I{EMULATOR}", f"-I{build.HERE}", "-U_FORTIFY_SOURCE"]
+    include = [f"-I{EMULATOR}", *build.include_flags(), "-U_FORTIFY_SOURCE"]
     command = [
         *build.compiler(),
         "-std=c++17",

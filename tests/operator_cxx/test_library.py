@@ -10,7 +10,7 @@ import torch
 
 from operator_cxx import build, library
 
-HEADER = (build.HERE / "necklace.h").read_text()
+HEADER = (build.HERE / "include" / "necklace.h").read_text()
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,7 +33,7 @@ def stub(tmp_path):
                 lines.append(f"{declaration} {{ return {answers.get(function, status)}; }}")
         source = tmp_path / f"{name}.cc"
         source.write_text("\n".join(lines))
-        command = [*build.compiler(), "-std=c++17", "-fPIC", "-shared", f"-I{build.HERE}", str(source)]
+        command = [*build.compiler(), "-std=c++17", "-fPIC", "-shared", *build.include_flags(), str(source)]
         subprocess.run([*command, f"-Wl,-soname,{name}", "-o", str(tmp_path / name)], check=True)
         return tmp_path / name
 
