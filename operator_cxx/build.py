@@ -40,11 +40,11 @@ ALL_ARCHS = "75,80,86,89,90+PTX"
 
 # The compiler must not contract a * b + c or reorder sums: IoUs that are equal on one device must be equal on all.
 CXX_FLAGS = shlex.split(
-    "-std=c++17 -O3 -fPIC -fvisibility=hidden -pthread -fopenmp-simd -ffp-contract=off -fno-math-errno "
+    "-std=c++20 -O3 -fPIC -fvisibility=hidden -pthread -fopenmp-simd -ffp-contract=off -fno-math-errno "
     "-fno-trapping-math -Wall -Wextra -Wno-unknown-pragmas"
 )
 NVCC_FLAGS = shlex.split(
-    "-std=c++17 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra -fmad=false --cudart=static"
+    "-std=c++20 -O3 -Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra -fmad=false --cudart=static"
 )
 
 # Processor features by the compiler's macro, with their names in Linux's /proc/cpuinfo.
@@ -115,12 +115,12 @@ def read_info(path: Path) -> dict[str, Any]:
 def require_usable(info: Mapping[str, Any], name: str) -> None:
     """Raise ValueError if a library with this nk_build_info was built from other sources or for another processor."""
     if info.get("sources") != source_hash():
-        raise ValueError(f"{name} was built from other sources: build it again, make ops")
+        raise ValueError(f"{name} was built from other sources: rebuild it with make ops")
     missing = sorted(set(info.get("features", ())) - _processor_features(info.get("features", ())))
     if missing:
         raise ValueError(
-            f"{name} was built for a processor with {', '.join(missing)}, which this one lacks: build it again on this "
-            "machine, make ops, or for both with NECKLACE_MARCH=x86-64-v3 make ops"
+            f"{name} was built for a processor with {', '.join(missing)}, which this one lacks: rebuild it on this "
+            "machine with make ops, or for both with NECKLACE_MARCH=x86-64-v3 make ops"
         )
 
 

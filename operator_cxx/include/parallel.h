@@ -10,25 +10,28 @@
 
 namespace nk {
 
-/* Calls body(block, worker) for every block in [0, count), worker in [0, threads): what a worker alone may write is found
- * by its number. Blocks start in order, each on whichever thread is free, so a result must not depend on the worker.
+/* Call body(block) for every block in [0, count) on up to `threads` threads.
  *
- * Threads are started and joined for every call (some 20 microseconds each): nothing stays behind to spin, to be lost in
- * a fork or to be shared between callers. Where the system refuses a thread, the others do its work. */
+ * Blocks start in order, each on the next free thread: results must not depend on which thread runs a block. Threads
+ * are started and joined per call, which takes about 20 microseconds each, so that none keeps spinning, is lost in a
+ * fork or is shared between callers. If the system refuses to start a thread, the others do its work. */
 template <class Body>
 void parallel_for(int64_t count, intptr_t threads, const Body& body) {
-  const int64_t crew = std::max<int64_t>(1, std::min<int64_t>(threads, count));
   std::atomic<int64_t> next{0};
-  const auto work = [&](int64_t worker) {
-    for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(block, worker);
+  const auto work = [&] {
+    while (true) {
+      const int64_t block = next.fetch_add(1, std::memory_order_relaxed);
+      if (block >= count) return;
+      body(block);
+    }
   };
+  const int64_t helper_count = std::min<int64_t>(threads, count) - 1;  // this thread works too
   std::vector<std::thread> helpers;
   try {
-    helpers.reserve(static_cast<size_t>(crew - 1));
-    for (int64_t worker = 1; worker < crew; ++worker) helpers.emplace_back(work, worker);
+    for (int64_t i = 0; i < helper_count; ++i) helpers.emplace_back(work);
   } catch (const std::exception&) {
   }
-  work(0);
+  work();
   for (std::thread& helper : helpers) helper.join();
 }
 

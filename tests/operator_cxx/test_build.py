@@ -124,7 +124,7 @@ def test_features_are_those_of_the_flags(small):
 @pytest.mark.parametrize(
     "info, message",
     [
-        ({}, "it was built from other sources: build it again, make ops"),
+        ({}, "it was built from other sources: rebuild it with make ops"),
         ({"sources": "0123456789abcdef"}, "it was built from other sources"),
         (
             {"sources": None, "features": ["fpu", "no_such"]},

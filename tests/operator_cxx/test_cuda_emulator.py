@@ -56,7 +56,7 @@ def library(tmp_path_factory):
     include = [f"-I{EMULATOR}", *build.include_flags(), "-U_FORTIFY_SOURCE"]
     command = [
         *build.compiler(),
-        "-std=c++17",
+        "-std=c++20",
         "-O1",
         "-fPIC",
         "-shared",

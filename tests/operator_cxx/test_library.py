@@ -33,7 +33,7 @@ def stub(tmp_path):
                 lines.append(f"{declaration} {{ return {answers.get(function, status)}; }}")
         source = tmp_path / f"{name}.cc"
         source.write_text("\n".join(lines))
-        command = [*build.compiler(), "-std=c++17", "-fPIC", "-shared", *build.include_flags(), str(source)]
+        command = [*build.compiler(), "-std=c++20", "-fPIC", "-shared", *build.include_flags(), str(source)]
         subprocess.run([*command, f"-Wl,-soname,{name}", "-o", str(tmp_path / name)], check=True)
         return tmp_path / name
 
@@ -77,7 +77,7 @@ def test_the_library_of_these_sources_loads(stub):
 
 
 def test_stale_library(stub):
-    with pytest.raises(ValueError, match=r"necklace_cpu\.so was built from other sources: build it again, make ops"):
+    with pytest.raises(ValueError, match=r"necklace_cpu\.so was built from other sources: rebuild it with make ops"):
         library.Kernels(stub(sources="0123456789abcdef"))
 
 
@@ -90,7 +90,7 @@ def test_library_for_another_processor(stub, monkeypatch):
 
 
 def test_library_without_a_function(stub):
-    with pytest.raises(ValueError, match=r"necklace_cpu\.so has no nk_nms_workspace: build it again, make ops"):
+    with pytest.raises(ValueError, match=r"necklace_cpu\.so has no nk_nms_workspace: rebuild it with make ops"):
         library.Kernels(stub(without="nk_nms_workspace"))
 
 
@@ -146,7 +146,7 @@ def test_without_kernels_torch_serves(stub, monkeypatch, tmp_path):
     path = stub(sources="stale")
     assert load(monkeypatch, tmp_path) == (
         {},
-        [f"{slower}{path} was built from other sources: build it again, make ops"],
+        [f"{slower}{path} was built from other sources: rebuild it with make ops"],
     )
     path.write_bytes(b'{"sources": "%s"}\0' % build.source_hash().encode())  # says the right thing, but is no library
     found, (note,) = load(monkeypatch, tmp_path)
@@ -180,7 +180,7 @@ def test_gpu_without_its_kernels(stub, monkeypatch, tmp_path):
     assert notes[1] == "operators: compiled for cuda (90)"
     found, notes = load(monkeypatch, tmp_path, NECKLACE_CUDA="0", NECKLACE_OPS="compiled")
     assert set(found) == {"cpu"}
-    assert notes[1] == "operators: plain torch on cuda, as NECKLACE_CUDA=0 asks"
+    assert notes[1] == "operators: plain torch on cuda, because NECKLACE_CUDA=0"
 
 
 def test_unknown_wish(monkeypatch, tmp_path):

@@ -310,7 +310,7 @@ def test_a_stale_extension_is_refused():
     done = python(
         "from operator_cxx import build; build.source_hash = lambda: 'new'; from operator_cxx import numpy_ops"
     )
-    assert "ImportError: operator_cxx.numpy_ops was built from other sources: build it again, make ops" in done.stderr
+    assert "ImportError: operator_cxx.numpy_ops was built from other sources: rebuild it with make ops" in done.stderr
 
 
 def test_without_the_extension_the_import_says_what_to_do():

@@ -1,5 +1,6 @@
-/* nk_bbox_overlaps on the GPU: a thread a pair of boxes. */
+/* nk_bbox_overlaps on the GPU: one thread per pair of boxes. */
 #include "box.h"
+#include "dtype.h"
 #include "launch.cuh"
 
 namespace {
@@ -8,17 +9,10 @@ template <class T>
 __global__ void overlap_kernel(const T* box, const T* other, int64_t M, int64_t G, T* iou) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * nk::kBlock;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * nk::kBlock + threadIdx.x; i < M * G; i += step) {
-    const nk::Box<T> a = nk::load_box(box + 4 * (i / G)), b = nk::load_box(other + 4 * (i % G));
+    const nk::Box<T> a = nk::load_box(box + 4 * (i / G));
+    const nk::Box<T> b = nk::load_box(other + 4 * (i % G));
     iou[i] = nk::iou(a, nk::area(a), b, nk::area(b));
   }
-}
-
-template <class T>
-int32_t launch(const void* box, const void* other, int64_t M, int64_t G, void* iou, intptr_t where) {
-  NK_LAUNCH(
-      (overlap_kernel<T>), nk::grid_of(nk::ceil_div(M * G, nk::kBlock)), nk::kBlock, 0, nk::stream_of(where),
-      static_cast<const T*>(box), static_cast<const T*>(other), M, G, static_cast<T*>(iou));
-  return nk::launch_status();
 }
 
 }  // namespace
@@ -26,5 +20,10 @@ int32_t launch(const void* box, const void* other, int64_t M, int64_t G, void* i
 int32_t nk_bbox_overlaps(
     const void* box, const void* other, int32_t dtype, int64_t M, int64_t G, void* iou, intptr_t where) {
   if (M == 0 || G == 0) return 0;
-  return (dtype == NK_FLOAT64 ? launch<double> : launch<float>)(box, other, M, G, iou, where);
+  nk::with_dtype<float, double>(dtype, [&]<class T>() {
+    NK_LAUNCH(
+        (overlap_kernel<T>), nk::grid_of(nk::ceil_div(M * G, nk::kBlock)), nk::kBlock, 0, nk::stream_of(where),
+        static_cast<const T*>(box), static_cast<const T*>(other), M, G, static_cast<T*>(iou));
+  });
+  return nk::launch_status();
 }

@@ -1,28 +1,29 @@
-/* nk_smooth_l1 on the GPU: a thread a cell, over all its rows; a partial sum a tile of cells, summed in order. */
+/* nk_smooth_l1 on the GPU. N images, R rows of deltas, P cells.
+ *
+ * A thread takes a cell with all its rows. A block leaves a partial sum, and the partial sums are added in order.
+ */
 #include "partial_sums.cuh"
 #include "smooth_l1.h"
+#include "strides.h"
 
 namespace {
 
-struct Strides {
-  int64_t n, r, p;
-};
-
 template <class T, class C>
 __global__ void smooth_l1_kernel(
-    nk::SmoothL1<C> loss, const T* delta, T* grad, int64_t N, int64_t R, int64_t P, Strides at, Strides grad_at,
-    const C* target, const C* weight, Strides target_at, const double* scale, double* partial) {
+    nk::SmoothL1<C> loss, const T* delta, T* grad, int64_t N, int64_t R, int64_t P, nk::Strides at, nk::Strides grad_at,
+    const C* target, const C* weight, nk::Strides target_at, const double* scale, double* partial) {
   const int64_t tiles = nk::ceil_div(P, nk::kBlock);
   for (int64_t block = blockIdx.x; block < N * tiles; block += gridDim.x) {
-    const int64_t n = block / tiles, p = block % tiles * nk::kBlock + threadIdx.x;
+    const int64_t n = block / tiles;
+    const int64_t p = block % tiles * nk::kBlock + threadIdx.x;
     const C factor = static_cast<C>(scale[n]);
     double sum = 0;
     for (int64_t r = 0; p < P && r < R; ++r) {
-      const int64_t i = n * target_at.n + r * target_at.r + p;
+      const int64_t i = target_at.offset(n, 0, r, p);
       C slope;
-      const C value = loss(nk::widen(delta[n * at.n + r * at.r + p * at.p]) - target[i], slope);
+      const C value = loss(nk::widen(delta[at.offset(n, 0, r, p)]) - target[i], slope);
       sum += static_cast<double>(weight[i] * value);
-      if (grad) nk::narrow(factor * weight[i] * slope, grad[n * grad_at.n + r * grad_at.r + p * grad_at.p]);
+      if (grad) nk::narrow(factor * weight[i] * slope, grad[grad_at.offset(n, 0, r, p)]);
     }
     sum = nk::block_sum(sum * static_cast<double>(factor));
     if (threadIdx.x == 0) partial[block] = sum;
@@ -41,17 +42,18 @@ int32_t nk_smooth_l1(
     const double* scale, double beta, double* loss, void* workspace, intptr_t where) {
   if (N == 0 || R == 0 || P == 0) return 0;
   double* partial = static_cast<double*>(workspace);
+  const cudaStream_t stream = nk::stream_of(where);
   const int64_t tiles = N * nk::ceil_div(P, nk::kBlock);
-  const Strides at{stride[0], stride[1], stride[2]}, target_at{target_stride[0], target_stride[1], 1};
-  const Strides grad_at = grad ? Strides{grad_stride[0], grad_stride[1], grad_stride[2]} : at;
-  return nk::with_dtype(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  const nk::Strides at = nk::Strides::of_channels(stride);
+  const nk::Strides grad_at = grad ? nk::Strides::of_channels(grad_stride) : at;
+  const nk::Strides target_at{target_stride[0], 0, target_stride[1], 1};
+  nk::with_dtype<float, double, nk::float16, nk::bfloat16>(dtype, [&]<class T>() {
     using C = typename nk::Compute<T>::type;
     NK_LAUNCH(
-        (smooth_l1_kernel<T, C>), nk::grid_of(tiles), nk::kBlock, 0, nk::stream_of(where),
-        nk::SmoothL1<C>{static_cast<C>(beta)}, static_cast<const T*>(delta), static_cast<T*>(grad), N, R, P, at,
-        grad_at, static_cast<const C*>(target), static_cast<const C*>(weight), target_at, scale, partial);
-    NK_LAUNCH(nk::add_partial_sums, 1, nk::kBlock, 0, nk::stream_of(where), partial, tiles, loss);
-    return nk::launch_status();
+        (smooth_l1_kernel<T, C>), nk::grid_of(tiles), nk::kBlock, 0, stream, nk::SmoothL1<C>{static_cast<C>(beta)},
+        static_cast<const T*>(delta), static_cast<T*>(grad), N, R, P, at, grad_at, static_cast<const C*>(target),
+        static_cast<const C*>(weight), target_at, scale, partial);
   });
+  NK_LAUNCH(nk::add_partial_sums, 1, nk::kBlock, 0, stream, partial, tiles, loss);
+  return nk::launch_status();
 }
