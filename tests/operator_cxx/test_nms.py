@@ -377,7 +377,7 @@ def test_it_can_be_traced(device):
 def test_more_boxes_than_the_kernels_can_number_are_refused(monkeypatch):
     monkeypatch.setattr(library, "loaded", {"cpu": None})  # refused before a kernel is looked for
     score, cls = torch.zeros(1).expand(1, 2**31), torch.ones(1).long().expand(1, 2**31)
-    with pytest.raises(ValueError, match=r"nms: expected fewer than 2\^31 boxes of an image, got 2147483648"):
+    with pytest.raises(ValueError, match=r"nms: expected fewer than 2\^31 boxes per image, got 2147483648"):
         nms(score[..., None].expand(-1, -1, 4), score, cls, thr=0.5, max_det=1)
 
 

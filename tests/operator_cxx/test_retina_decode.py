@@ -442,7 +442,7 @@ def test_search_for_a_disagreement(kind, request):
         ({"thresh": -1.0}, "pre_nms_top_n >= 1 and thresh >= 0, got 3 and -1.0"),
         ({"thresh": NAN}, "pre_nms_top_n >= 1 and thresh >= 0, got 3 and nan"),
         ({"A": 0}, r"cls_prob \(N, A\*C, H, W\) with A = 0, got \(1, 6, 2, 2\)"),
-        ({"prob": (1, 2**30, 2, 2)}, r"fewer than 2\^32 probabilities an image, got \(1, 1073741824, 2, 2\)"),
+        ({"prob": (1, 2**30, 2, 2)}, r"fewer than 2\^32 probabilities per image, got \(1, 1073741824, 2, 2\)"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
