@@ -1,4 +1,4 @@
-"""The emulation of CUDA can fail: kernels that a GPU would get wrong are wrong there too."""
+"""The CUDA emulator detects errors: kernels that are wrong on a GPU are wrong there too."""
 
 import ctypes
 import subprocess
@@ -96,6 +96,6 @@ def test_every_thread_of_every_block_runs_once(library):
     assert total.value == sum(range(7 * 96))
 
 
-def test_a_launch_that_no_gpu_takes_fails(library):
+def test_an_invalid_launch_configuration_fails(library):
     assert library.run_add(ctypes.byref(ctypes.c_ulonglong(0)), 1, 2048) == 9
     assert library.run_add(ctypes.byref(ctypes.c_ulonglong(0)), 0, 32) == 9
