@@ -142,7 +142,7 @@ bool is_in_cell_order(const Level<T, squared>& level, const nk::Strides& at) {
   return classes_follow && anchors_follow && cells_follow;
 }
 
-/* Call body(i, a, p) for every cell [a, p] of a run, whose classes begin at place i of the run. */
+/* Call body(i, a, p) for every cell [a, p] of a run, whose classes start at index i of the run. */
 template <class T, bool squared, class Body>
 void for_each_cell(const Level<T, squared>& level, const CellRun& run, const Body& body) {
   int64_t a = run.q % level.A;
