@@ -1,7 +1,7 @@
-"""The packages of this folder, used in place.
+"""Setup of the packages, which are used in place.
 
-`pip install --editable .` compiles nothing. `python3 setup.py build_ext --inplace` builds the operators' kernels and
-their NumPy binding into operator_cxx/; operator_cxx/build.py names the environment variables that say how.
+`pip install --editable .` compiles nothing. `python3 setup.py build_ext --inplace` builds the kernel libraries and the
+NumPy binding into operator_cxx/; operator_cxx/build.py documents the environment variables.
 """
 
 import os
@@ -15,7 +15,7 @@ FOLDER = Path("operator_cxx")
 
 
 def build_kernels() -> None:
-    """Builds the libraries of kernels, or ends with a line that says why not."""
+    """Build the kernel libraries, or exit with a message."""
     from operator_cxx.build import BuildError, NoCompilerError, build_all
 
     try:
@@ -23,13 +23,13 @@ def build_kernels() -> None:
             print(line)
     except BuildError as error:
         if isinstance(error, NoCompilerError):
-            print(f"operators not built, plain torch serves, slower: {error}", file=sys.stderr)
+            print(f"operators not built, plain torch is used, slower: {error}", file=sys.stderr)
             sys.exit(NoCompilerError.STATUS)
         sys.exit(f"operators not built: {error}")
 
 
 def numpy_binding() -> list[Extension]:
-    """The extension numpy_ops, linked to the CPU library; none where it is up to date or cannot be built."""
+    """Return the extension numpy_ops, linked to the CPU library; none if it is up to date or cannot be built."""
     from operator_cxx.build import compiler, library_path, source_hash
 
     target = FOLDER / f"numpy_ops{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -44,14 +44,14 @@ def numpy_binding() -> list[Extension]:
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         print("NumPy binding not built: Python's headers are missing (Debian: apt-get install python3-dev)")
         return []
-    for name in ("CC", "CXX"):  # one compiler for all
+    for name in ("CC", "CXX"):  # the compiler of the kernels
         os.environ[name] = " ".join(compiler())
     beside = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
     extension = Extension(
         "operator_cxx.numpy_ops",
         [str(FOLDER / "numpy_ops.pyx")],
         language="c++",
-        include_dirs=[str(FOLDER)],
+        include_dirs=[str(FOLDER / "include")],
         define_macros=[("NK_SOURCES", f'"{source_hash()}"')],
         extra_objects=[str(library_path("cpu"))],
         extra_link_args=[f"-Wl,-rpath,{beside}/{library_path('cpu').parent.name}"],
@@ -66,5 +66,5 @@ if "build_ext" in sys.argv:
 setup(
     packages=find_namespace_packages(include=["config*", "core*", "models*", "operator_cxx*", "symbol*", "utils*"]),
     ext_modules=numpy_binding() if "build_ext" in sys.argv else [],
-    options={"build_ext": {"force": True}},  # what is here is known to be out of date
+    options={"build_ext": {"force": True}},  # numpy_binding returns only what is out of date
 )

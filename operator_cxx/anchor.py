@@ -1,4 +1,4 @@
-"""Anchors: the boxes that predictions are relative to.
+"""Anchors: the boxes to which predictions are relative.
 
 Shapes: A anchors per cell, H x W cells. Boxes are xyxy in input pixels with inclusive corners.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 
 def base_anchors(stride: int, scales: Sequence[float], aspects: Sequence[float]) -> np.ndarray:
-    """The anchors (A, 4) float64 of the cell at the origin, aspect-major, then scale.
+    """Return the anchors (A, 4) float64 of the cell at the origin, aspect-major, then scale.
 
-    Each has the centre of the cell [0, 0, stride - 1, stride - 1]. For an aspect (height / width) the cell is
-    reshaped to about its own area with whole sides (halves round to even), then enlarged by each scale.
+    Anchors are centred on the cell [0, 0, stride - 1, stride - 1]. For an aspect (height / width), the cell is reshaped
+    to approximately its own area with integer sides (halves round to even), then enlarged by each scale.
 
     Source: Ren et al. 2015, "Faster R-CNN", section 3.1.1, with the rounding of its released code.
     """
@@ -35,9 +35,9 @@ def base_anchors(stride: int, scales: Sequence[float], aspects: Sequence[float])
 def grid_anchors(
     height: int, width: int, stride: int, base: np.ndarray | Tensor, device: torch.device | str | None = None
 ) -> Tensor:
-    """The anchors (H*W*A, 4) float32 of a height x width feature map: rows, columns, anchors of the cell.
+    """Return the anchors (H*W*A, 4) float32 of a height x width feature map, ordered by row, column, anchor.
 
-    `base` is what `base_anchors` answers. Sums are taken in float64 and rounded once.
+    `base` is the result of `base_anchors`. Sums are computed in float64 and rounded once.
     """
     origin = torch.as_tensor(base, dtype=torch.float64, device=device)
     x = torch.arange(width, dtype=torch.float64, device=device) * stride

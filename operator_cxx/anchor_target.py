@@ -1,4 +1,4 @@
-"""Which anchor learns which box.
+"""Anchor targets: the class and the box that each anchor is trained on.
 
 Shapes: N images, G boxes per image, K anchors of all levels.
 Boxes are xyxy in input pixels with inclusive corners.
@@ -23,38 +23,38 @@ def pyramid_anchor_target(
     min_pos_thr: float,
     allowed_border: float,
 ) -> tuple[Tensor, Tensor]:
-    """The class that each anchor is trained on, and the deltas to its box.
+    """Return the class that each anchor is trained on, and the deltas to its box.
 
-    An anchor is foreground of its best box at or above pos_thr, background below neg_thr, and ignored between
-    the two. Besides, every anchor that ties for the best IoU of a box becomes foreground of that box, however
-    low, unless pos_thr already gave it a class. With pos_thr 0.5, neg_thr 0.4 and boxes of classes 7, 8, 9:
+    An anchor is foreground with the class of its best box if their IoU is at least pos_thr, background if it is below
+    neg_thr, and ignored in between. In addition, a box forces every anchor that has the box's best IoU: the anchor
+    becomes foreground with the box's class, however low the IoU is, unless its own best IoU is at least pos_thr. With
+    pos_thr 0.5, neg_thr 0.4 and boxes of classes 7, 8, 9:
 
         anchor   IoU with 7, 8, 9     label
-        a        0.70   0.20   0.60     7     its best box; it is the best for 9 too, but above pos_thr
+        a        0.70   0.20   0.60     7     its best box; 9 does not force it, because 0.70 >= pos_thr
         b        0.45   0.10   0.00    -1     between the thresholds
-        c        0.30   0.25   0.10     8     the best that there is for 8, though it overlaps 7 more
-        d        0.20   0.10   0.30     0     below neg_thr; a is better for 9
+        c        0.30   0.25   0.10     8     forced by 8, although its IoU with 7 is higher
+        d        0.20   0.10   0.30     0     below neg_thr; the best anchor of 9 is a
 
-    Of several boxes that force one anchor the last gives the class. The deltas are always those to the
-    anchor's own best box, the first of equals: c learns the class of 8 and the place of 7. There are no gradients.
+    If several boxes force an anchor, the last one's class is taken. The deltas are always those to the anchor's own
+    best box, the first of equals: c has the class of 8 and the deltas to 7. There are no gradients.
 
-    A box that has NaN forces no anchor, and makes those that no other box forces ignored.
+    A box with a NaN coordinate forces no anchor, and all anchors that no other box forces are ignored.
 
     Args:
         gt_bbox: (N, G, 5) box and class from 1; rows whose class is below 1 are padding.
         im_info: (N, 3) height, width and scale of each image before padding.
-        anchors: (K, 4) of a floating-point type, in which overlaps are computed; the kernels take float32.
-        pos_thr: at or above this IoU an anchor is foreground, of the first of its best boxes.
-        neg_thr: below this IoU an anchor is background.
-        min_pos_thr: a box forces no anchor when its best IoU is below this, or zero.
-        allowed_border: anchors that reach further than this beyond the image are ignored and are no
-            box's best.
+        anchors: (K, 4) of a floating-point type, in which IoUs are computed; the kernels support float32.
+        pos_thr: least IoU of a foreground anchor with its best box.
+        neg_thr: an anchor is background if its best IoU is below this.
+        min_pos_thr: a box forces no anchor if its best IoU is below this, or zero.
+        allowed_border: anchors that extend further than this beyond the image are ignored, and no box forces them.
 
     Returns:
         label (N, K): -1 ignored, 0 background, else the class; delta (N, K, 4): dx, dy, dw, dh, zero where
         label < 1. Both are of the anchors' type.
 
-    Raises ValueError for shapes, types or devices that do not fit.
+    Raises ValueError for inconsistent shapes, types or devices.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", section 4, with the low-quality matches
     of Ren et al. 2015, "Faster R-CNN", section 3.1.2.
@@ -80,7 +80,7 @@ def _op(
     label, delta = _empty(gt_bbox, anchors)
     kernels.run(
         "anchor_target",
-        anchors,  # works where this is
+        anchors,  # the device
         gt_bbox.contiguous(),
         im_info.contiguous(),
         anchors.contiguous(),
@@ -110,13 +110,13 @@ def _(
 
 
 def _empty(gt_bbox: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised label (N, K) and delta (N, K, 4)."""
+    """Return uninitialised label (N, K) and delta (N, K, 4)."""
     N, K = gt_bbox.shape[0], anchors.shape[0]
     return anchors.new_empty(N, K), anchors.new_empty(N, K, 4)
 
 
 def _check(gt_bbox: Tensor, im_info: Tensor, anchors: Tensor) -> None:
-    """Raise ValueError unless shapes, types and devices fit."""
+    """Raise ValueError unless shapes, types and devices are consistent."""
     if gt_bbox.dim() != 3 or gt_bbox.shape[2] != 5 or im_info.shape != (gt_bbox.shape[0], 3):
         raise ValueError(
             "pyramid_anchor_target: expected gt_bbox (N, G, 5) and im_info (N, 3), "

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from operator_cxx import library
-from operator_cxx.levels import flat, gradients, image_scale, require_alike, scaled
+from operator_cxx.levels import gradients, image_scale, require_alike, scaled
 from operator_cxx.reference import focal_loss as reference
 
 
 def focal_loss(logit: Tensor, label: Tensor, *, alpha: float, gamma: float, normalizer: Tensor | None = None) -> Tensor:
-    """The focal loss of a batch, a scalar. float16 and bfloat16 logits are computed in float32.
+    """Return the focal loss of a batch, a scalar. float16 and bfloat16 logits are computed in float32.
 
     With p = sigmoid(logit), class c of an anchor with label c adds -alpha (1 - p)^gamma log p, every other
     class adds -(1 - alpha) p^gamma log(1 - p), and an anchor with label -1 adds nothing, whatever its logits are.
-    Gradients reach the logits only, and can be taken once.
+    Only the logits receive gradients. There is no second derivative.
 
     Args:
         logit: (N, K, C), in any memory layout.
@@ -30,7 +30,7 @@ def focal_loss(logit: Tensor, label: Tensor, *, alpha: float, gamma: float, norm
         normalizer: a scalar, or (N,) one per image, that divides the sum; None: the number of labels >= 1,
             plus 1.
 
-    Raises ValueError for shapes, types, devices or settings that do not fit.
+    Raises ValueError for inconsistent shapes, types or devices and for invalid settings.
 
     Source: Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5.
     """
@@ -53,11 +53,11 @@ def focal_loss_levels(
     gamma: float,
     normalizer: Tensor | None = None,
 ) -> Tensor:
-    """`focal_loss` of the levels' own maps, which are neither transposed nor joined.
+    """Return `focal_loss` of the maps of all levels, without transposing or concatenating them.
 
     Args:
-        logit: of every level (N, A*C, H, W) or (N, A*C, H*W), of one floating-point type; contiguous and
-            channels-last maps are read where they are, others are copied.
+        logit: (N, A*C, H, W) or (N, A*C, H*W) per level, all of the same floating-point type; contiguous and
+            channels-last maps are read in place, others are copied.
         label: (N, sum of A*H*W), the anchors of a level in the order (A, H, W), levels in the order of `logit`.
         num_class: C.
 
@@ -76,52 +76,46 @@ def focal_loss_levels(
     scale = _scale("focal_loss_levels", logit, label, gamma, normalizer)
     if not library.serves(logit[0]):
         return reference.focal_loss_levels(logit, label, num_class=num_class, alpha=alpha, gamma=gamma, scale=scale)
-    maps = [flat(level).unflatten(1, (-1, num_class)) for level in logit]  # (N, A, C, P)
+    maps = [level.flatten(2).unflatten(1, (-1, num_class)) for level in logit]  # (N, A, C, P)
     return _loss(maps, label, scale, alpha, gamma)
 
 
 def _scale(operator: str, logit: Sequence[Tensor], label: Tensor, gamma: float, normalizer: Tensor | None) -> Tensor:
-    """`image_scale` with this loss's own normalizer. Raises ValueError for arguments that do not fit."""
+    """Check the arguments. Return `image_scale` with the default normalizer of this loss."""
     if not gamma >= 0:
         raise ValueError(f"{operator}: expected gamma >= 0, got {gamma}")
     require_alike(operator, logit, label=label)
     if normalizer is None:
-        normalizer = torch.count_nonzero(label >= 1) + 1  # a sum of bool takes four times as long
+        normalizer = torch.count_nonzero(label >= 1) + 1  # four times as fast as a sum of bool
     return image_scale(operator, label, normalizer)
 
 
 def _loss(logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float) -> Tensor:
-    """The loss of levels (N, A, C, P) by the kernels."""
+    """Return the loss of levels (N, A, C, P), computed by the kernels."""
+    # On a CPU, the gradient is computed with the loss, in half the time of two passes, and scaled by the gradient of
+    # the loss later. On a GPU that scaling would take longer than a second pass, and float16 gradients would underflow
+    # before a loss scale is applied.
     wanted = torch.is_grad_enabled() and any(level.requires_grad for level in logit)
-    with_grad = wanted and _in_forward(logit[0])
+    with_grad = wanted and logit[0].device.type == "cpu" and logit[0].dtype != torch.float16
     return _op(list(logit), label.to(torch.float32), scale, alpha, gamma, with_grad)[0]
-
-
-def _in_forward(logit: Tensor) -> bool:
-    """Is the gradient best made together with the loss, for a factor of 1?
-
-    On a CPU that takes half the time of two passes. On a GPU, which cannot look at the factor that comes from above
-    without waiting, the product with it would cost more than a second pass. And gradients of float16 would vanish
-    before the factor of a loss scaler lifts them.
-    """
-    return logit.device.type == "cpu" and logit.dtype != torch.float16
 
 
 @torch.library.custom_op("necklace::focal_loss", mutates_args=())
 def _op(
     logit: Sequence[Tensor], label: Tensor, scale: Tensor, alpha: float, gamma: float, with_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of levels (N, A, C, P), and the gradient of every level or none."""
+    """Return the loss of levels (N, A, C, P), and the gradient of every level or an empty list."""
     kernels = library.loaded[label.device.type]
     label = label.contiguous()
     loss = torch.zeros((), dtype=torch.float64, device=label.device)
-    grads, first = gradients(logit, with_grad), 0
+    grads = gradients(logit, with_grad)
+    first = 0  # anchor of the level
     for i, level in enumerate(logit):
         N, A, C, P = level.shape
         grad = grads[i] if grads else None
         kernels.run(
             "focal_loss",
-            level,  # works where this is
+            level,  # the device
             level,
             grad,
             library.DTYPES[level.dtype],
@@ -152,7 +146,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
     logit, label, scale, ctx.alpha, ctx.gamma, ctx.with_grad = inputs
     ctx.levels = len(logit)
     ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)  # or backward would get zeros for the gradients, as large as they are
+    ctx.set_materialize_grads(False)  # else backward would receive zeros for the gradients, of the same size
     ctx.save_for_backward(*(output[1] if ctx.with_grad else [label, scale, *logit]))
 
 

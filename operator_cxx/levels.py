@@ -1,6 +1,6 @@
-"""Maps of a level as the kernels take them, and what the losses share: a gradient made in the forward pass.
+"""Functions shared by the losses over the levels of a pyramid, which compute their gradient in the forward pass.
 
-Shapes: N images, R channels, H x W cells, P = H * W.
+Shapes: N images.
 """
 
 from __future__ import annotations
@@ -11,15 +11,10 @@ import torch
 from torch import Tensor
 
 
-def flat(level: Tensor) -> Tensor:
-    """(N, R, P) of a map (N, R, H, W) or (N, R, P): a view of a contiguous or channels-last one, else a copy."""
-    return level.flatten(2)
-
-
 def image_scale(operator: str, label: Tensor, normalizer: Tensor | None) -> Tensor:
-    """(N,) float64, what the terms of each image of `label` (N, ...) are multiplied by: 1 / normalizer, or 1.
+    """Return the factors (N,) float64 of the images' losses: 1 / normalizer, or 1. label: (N, ...).
 
-    Raises ValueError unless normalizer is None, () or (N,).
+    Raises ValueError unless normalizer is None or of shape () or (N,).
     """
     scale = torch.ones(len(label), dtype=torch.float64, device=label.device)
     if normalizer is None:
@@ -30,20 +25,20 @@ def image_scale(operator: str, label: Tensor, normalizer: Tensor | None) -> Tens
 
 
 def gradients(levels: Sequence[Tensor], wanted: bool) -> list[Tensor]:
-    """Uninitialised tensors of the levels' shapes and memory layouts; none if not wanted."""
+    """Return uninitialised tensors of the levels' shapes and memory layouts; an empty list if not `wanted`."""
     return [torch.empty_like(level) for level in levels] if wanted else []
 
 
 def scaled(grad: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """The gradients times the scalar that arrived from above: without a copy where that is known to be 1."""
-    # Only a CPU can look without waiting, and only at a real tensor: a tracer's has no value.
+    """Return the gradients times the gradient of the loss, without a copy if that is known to be 1."""
+    # Reading the value synchronises a GPU, and the tensors of a tracer have no value.
     if type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1:
         return list(grad)
     return [g * factor.to(g.dtype) for g in grad]
 
 
 def require_alike(operator: str, levels: Sequence[Tensor], **others: Tensor) -> None:
-    """Raise ValueError unless the levels have one floating-point type and all tensors are on one device."""
+    """Raise ValueError unless the levels have the same floating-point type and all tensors are on one device."""
     dtypes = {level.dtype for level in levels}
     if len(dtypes) != 1 or not levels[0].is_floating_point():
         found = ", ".join(sorted(map(str, dtypes))) or "none"

@@ -1,11 +1,11 @@
-"""The compiled kernels: which there are, and calling them.
+"""Load the kernel libraries and call their functions.
 
-`make ops` (or `python3 setup.py build_ext --inplace`) builds them. Where they are missing, plain torch serves, with the
-same results. Environment, read at import:
+`make ops` (or `python3 setup.py build_ext --inplace`) builds the libraries. Without them, the operators run in plain
+torch, with the same results. Environment, read at import:
 
-    NECKLACE_OPS            reference: plain torch everywhere; compiled: refuse to work without the kernels
-    NECKLACE_CUDA           0: no CUDA kernels, neither built nor used
-    NECKLACE_OPS_LIBRARY    another CPU library in place of built/necklace_cpu.so, for example one with a sanitizer
+    NECKLACE_OPS            reference: use plain torch everywhere; compiled: fail if a library cannot be loaded
+    NECKLACE_CUDA           0: neither build nor use the CUDA kernels
+    NECKLACE_OPS_LIBRARY    path of a CPU library to use instead of built/necklace_cpu.so, for example with a sanitizer
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ _CTYPES: Mapping[str, Any] = {
 
 
 def _declarations() -> dict[str, tuple[Any, list[Any]]]:
-    """Result and argument types of every function of necklace.h."""
-    text = re.sub(r"/\*.*?\*/|^#.*?$", "", (HERE / "necklace.h").read_text(), flags=re.DOTALL | re.MULTILINE)
+    """Return the result and argument types of every function in necklace.h."""
+    header = (HERE / "include" / "necklace.h").read_text()
+    text = re.sub(r"/\*.*?\*/|^#.*?$", "", header, flags=re.DOTALL | re.MULTILINE)
     found = {}
     for result, name, arguments in re.findall(r"NK_EXPORT ([\w ]+\*?) ?(nk_\w+)\(([^)]*)\)", text):
         types = [argument.strip().rpartition(" ")[0] for argument in arguments.split(",") if argument.strip() != "void"]
@@ -47,11 +48,11 @@ def _declarations() -> dict[str, tuple[Any, list[Any]]]:
 
 
 class Kernels:
-    """One library of kernels: functions of `necklace.h` by name without `nk_`.
+    """A kernel library, with the functions of `necklace.h` by name without `nk_`.
 
-    Tensors are passed as their addresses and None as NULL, tuples of integers as arrays of int64. Nothing changes after
-    the start: threads may share it. Raises ValueError where the library was built from other sources or for another
-    processor, OSError where the system cannot load it.
+    Tensors are passed as their addresses, None as NULL, and tuples of integers as arrays of int64. The object is
+    immutable, so threads may share it. Raises ValueError if the library was built from other sources or for another
+    processor, OSError if it cannot be loaded.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,12 +64,12 @@ class Kernels:
             try:
                 function = getattr(library, name)
             except AttributeError as error:
-                raise ValueError(f"{path} has no {name}: build it again, make ops") from error
+                raise ValueError(f"{path} has no {name}: rebuild it with make ops") from error
             function.restype, function.argtypes = result, arguments
             self._functions[name] = function
 
     def run(self, name: str, like: Tensor, *arguments: Any) -> None:
-        """Work on the tensors of `like`'s device: on its current stream, or with torch's number of CPU threads."""
+        """Call a function on the device of `like`: on its current stream, or with torch's number of CPU threads."""
         assert all(a.device == like.device for a in arguments if isinstance(a, Tensor)), f"{name}: devices differ"
         converted = [_address(argument) for argument in arguments]
         cuda = like.device.type == "cuda"
@@ -83,7 +84,7 @@ class Kernels:
             )
 
     def workspace(self, name: str, like: Tensor, *sizes: int) -> Tensor:
-        """Scratch memory on `like`'s device for an operator on these sizes."""
+        """Return uninitialised scratch memory on the device of `like` for an operator with these sizes."""
         size = self._functions[f"nk_{name}_workspace"](*sizes)
         return torch.empty(size, dtype=torch.uint8, device=like.device)
 
@@ -97,16 +98,16 @@ def _address(argument: Any) -> Any:
 
 
 def _load() -> tuple[dict[str, Kernels], list[str]]:
-    """The kernels by device type, and lines for the log."""
-    wish = os.environ.get("NECKLACE_OPS", "")
-    if wish not in ("", "reference", "compiled"):
-        raise ValueError(f"NECKLACE_OPS: expected reference, compiled or nothing, got {wish!r}")
-    if wish == "reference":
-        return {}, ["operators: plain torch, as NECKLACE_OPS=reference asks"]
+    """Return the libraries by device type, and lines for the log."""
+    setting = os.environ.get("NECKLACE_OPS", "")
+    if setting not in ("", "reference", "compiled"):
+        raise ValueError(f"NECKLACE_OPS: expected reference, compiled or nothing, got {setting!r}")
+    if setting == "reference":
+        return {}, ["operators: plain torch, because NECKLACE_OPS=reference"]
     found, notes = {}, []
     for kind in ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]:
         if kind == "cuda" and os.environ.get("NECKLACE_CUDA") == "0":
-            notes.append("operators: plain torch on cuda, as NECKLACE_CUDA=0 asks")
+            notes.append("operators: plain torch on cuda, because NECKLACE_CUDA=0")
             continue
         other = os.environ.get("NECKLACE_OPS_LIBRARY") if kind == "cpu" else None
         path = Path(other) if other else library_path(kind)
@@ -116,16 +117,19 @@ def _load() -> tuple[dict[str, Kernels], list[str]]:
             found[kind] = Kernels(path)
             notes.append(f"operators: compiled for {kind} ({found[kind].info['target']})")
         except (ValueError, OSError) as error:
-            if wish == "compiled":
+            if setting == "compiled":
                 raise RuntimeError(f"NECKLACE_OPS=compiled, but the operators for {kind}: {error}") from error
             notes.append(f"operators: plain torch on {kind}, slower: {error}")
     return found, notes
 
 
-# The kernels in use, by device type ("cpu", "cuda"), and what to say about them in a log.
+# The libraries in use by device type ("cpu", "cuda"), and lines for the log about them.
 loaded, notes = _load()
 
 
 def serves(tensor: Tensor, *dtypes: torch.dtype) -> bool:
-    """Are there kernels for the tensor's device, and is its type one of `dtypes` (default: any that kernels know)?"""
+    """Return True if a library is loaded for the tensor's device and its type is one of `dtypes`.
+
+    Default of `dtypes`: all types of the C interface.
+    """
     return tensor.device.type in loaded and tensor.dtype in (dtypes or tuple(DTYPES))

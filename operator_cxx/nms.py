@@ -1,6 +1,6 @@
 """Greedy non-maximum suppression per class, hard and soft, of a batch.
 
-Shapes: N images, M boxes of an image, D = max_det boxes kept at most. Boxes are xyxy in input pixels.
+Shapes: N images, M boxes per image, D = max_det. Boxes are xyxy in input pixels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from operator_cxx import library
 from operator_cxx.reference import nms as reference
 
-_METHODS = ("hard", "linear", "gaussian")  # by their codes in necklace.h
+_METHODS = ("hard", "linear", "gaussian")  # in the order of their codes in necklace.h
 
 
 def nms(
@@ -27,19 +27,19 @@ def nms(
     min_score: float = -math.inf,
     inclusive: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The boxes of every image that no better box of their class covers: index (N, D) and score (N, D), best first.
+    """Return the kept boxes of every image, best first: index (N, D) int64 and score (N, D).
 
-    A box goes when its IoU with a kept box of its own class and of a higher score is above thr. Of equal scores the
-    lower index comes first. index is int64, -1 beyond the boxes kept; score is 0 there. A box whose score is not above
-    min_score (NaN is not) is never kept; one with a NaN coordinate removes none and none removes it. Boxes of every
-    class are decided alike, class 0 too. Nothing is differentiated.
+    A box is suppressed if its IoU with a kept box of the same class and a higher score is above thr. Among equal scores
+    the lower index comes first. Beyond the kept boxes, index is -1 and score is 0. A box is never kept if its score is
+    NaN or not above min_score. A box with a NaN coordinate neither suppresses nor is suppressed. Class 0 is a class
+    like any other. There are no gradients.
 
     Args:
-        bbox: (N, M, 4), on any scale. score: (N, M), floating-point. cls: (N, M), integers. Where bbox and score are
-            not float32, plain torch computes the answer.
-        inclusive: corners lie inside the box, so its width is x2 - x1 + 1; else x2 - x1.
+        bbox: (N, M, 4) of any scale. score: (N, M) of a floating-point type. cls: (N, M) of an integer type. Types of
+            bbox and score other than float32 are computed in plain torch.
+        inclusive: corners are inclusive, so the width of a box is x2 - x1 + 1; else x2 - x1.
 
-    Raises ValueError for shapes, types or settings that do not fit.
+    Raises ValueError for inconsistent shapes or types and for invalid settings.
     """
     _check("nms", bbox, score, cls, thr, max_det, min_score)
     return _op(bbox, score, cls, "hard", thr, 1.0, min_score, max_det, inclusive)
@@ -57,15 +57,15 @@ def soft_nms(
     max_det: int,
     inclusive: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The best boxes of every image, where a kept box lowers the scores of its class: index (N, D) and score (N, D).
+    """Return the kept boxes of every image, best first, by soft-NMS: index (N, D) int64 and score (N, D).
 
-    The box of the best score of all classes is kept, the score of every other box of its class is multiplied by what
-    follows from their IoU, and so on. A box is out as soon as its score is not above min_score. method "linear"
-    multiplies by 1 - IoU where the IoU is above thr, "gaussian" every score by exp(-IoU^2 / sigma). A NaN IoU lowers
-    nothing. The scores returned are those lowered. All else is as in `nms`.
+    Repeatedly, the box with the best score of all classes is kept, and the scores of the other boxes of its class are
+    multiplied by a decay: method "linear" by 1 - IoU if the IoU is above thr, "gaussian" by exp(-IoU^2 / sigma). The
+    decay of a NaN IoU is 1. A box is removed once its score is not above min_score. The scores returned are the lowered
+    ones. The other arguments are those of `nms`.
 
     Source: Bodla et al. 2017, "Soft-NMS: Improving Object Detection With One Line of Code", arXiv:1704.04503,
-    equations 2 and 3; with classes side by side, so that max_det and min_score mean the same as in `nms`.
+    equations 2 and 3. All classes are processed together, so that max_det and min_score mean the same as in `nms`.
     """
     _check("soft_nms", bbox, score, cls, thr, max_det, min_score)
     if method not in _METHODS[1:] or not sigma > 0:
@@ -73,7 +73,7 @@ def soft_nms(
     return _op(bbox, score, cls, method, thr, sigma, min_score, max_det, inclusive)
 
 
-# The plain torch answer is part of the operator, because it looks at its numbers, which a tracer cannot.
+# The plain torch fallback is inside the operator, because it depends on values, which tracers do not have.
 @torch.library.custom_op("necklace::nms", mutates_args=())
 def _op(
     bbox: Tensor,
@@ -96,11 +96,11 @@ def _op(
     kernels = library.loaded[bbox.device.type]
     N, M = score.shape
     if M >= 2**31:
-        raise ValueError(f"nms: expected fewer than 2^31 boxes of an image, got {M}")
+        raise ValueError(f"nms: expected fewer than 2^31 boxes per image, got {M}")
     index, kept_score = _answer(score, max_det)
     kernels.run(
         "nms",
-        bbox,  # works where this is
+        bbox,  # the device
         bbox.contiguous(),
         score.contiguous(),
         cls.to(torch.int64).contiguous(),
@@ -135,13 +135,13 @@ def _(
 
 
 def _answer(score: Tensor, max_det: int) -> tuple[Tensor, Tensor]:
-    """Uninitialised index (N, D) and score (N, D)."""
+    """Return uninitialised index (N, D) and score (N, D)."""
     shape = (score.shape[0], max_det)
     return score.new_empty(shape, dtype=torch.int64), score.new_empty(shape)
 
 
 def _check(operator: str, bbox: Tensor, score: Tensor, cls: Tensor, thr: float, max_det: int, min_score: float) -> None:
-    """Raise ValueError unless shapes, types, devices and settings fit each other."""
+    """Raise ValueError unless shapes, types, devices and settings are consistent."""
     if score.dim() != 2 or bbox.shape != (*score.shape, 4) or cls.shape != score.shape:
         raise ValueError(
             f"{operator}: expected bbox (N, M, 4), score (N, M) and cls (N, M), "

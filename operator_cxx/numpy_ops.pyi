@@ -1,4 +1,4 @@
-"""Types of the compiled extension numpy_ops.pyx, whose docstrings say what the functions do."""
+"""Types of the compiled extension; the docstrings are in numpy_ops.pyx."""
 
 from typing import Literal, overload
 

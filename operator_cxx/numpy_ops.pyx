@@ -1,10 +1,10 @@
 # cython: language_level=3
-"""The operators on NumPy arrays: what `operator_cxx`'s functions of the same names compute on tensors, without torch.
+"""The operators on NumPy arrays, without torch: the same results as the functions of the same names on tensors.
 
-The kernels are those of built/necklace_cpu.so, to which this extension is linked; `make ops` builds both. Arrays of
-another type or memory order than the kernels take are converted. `threads` is how many may work, 0 for all CPUs that
-this process may use; the result is the same bits for any number, and other Python threads go on meanwhile. ValueError
-says what does not fit, RuntimeError that a kernel failed.
+The extension is linked to built/necklace_cpu.so; `make ops` builds both. Arrays are converted to the type and memory
+order that the kernels require. `threads` is the number of threads, 0 for all CPUs that this process may use; the result
+does not depend on it. The GIL is released during a call. Raises ValueError for invalid arguments, RuntimeError if a
+kernel fails.
 
 Shapes: N images, A anchors per cell, C foreground classes, H x W cells of a level, K anchors of all levels, G boxes per
 image, M boxes, T = pre_nms_top_n candidates kept, D = max_det boxes kept, R = 4A rows of deltas, P cells of all levels.
@@ -66,11 +66,11 @@ cdef extern from "necklace.h" nogil:
 
 
 cdef extern from *:
-    const char* NK_SOURCES  # the hash of the sources that this was built from
+    const char* NK_SOURCES  # the hash of the sources that this extension was built from
 
 
 def bbox_overlaps(box, other, *, threads=0):
-    """Inclusive IoU (M, G) of boxes (M, 4) with boxes (G, 4): float64 where one of them is, else float32."""
+    """Return the inclusive IoUs (M, G) of boxes (M, 4) with boxes (G, 4): float64 if one of them is, else float32."""
     box, other = np.asarray(box), np.asarray(other)
     if not _is_rows(box, 4) or not _is_rows(other, 4):
         raise ValueError(f"bbox_overlaps: expected box (M, 4) and other (G, 4), got {box.shape} and {other.shape}")
@@ -92,19 +92,19 @@ def bbox_overlaps(box, other, *, threads=0):
 def anchor_target(
     gt_bbox, im_info, anchors, *, double pos_thr, double neg_thr, double min_pos_thr, double allowed_border, threads=0
 ):
-    """The class that each anchor is trained on, and the deltas to its box, as `pyramid_anchor_target` defines them.
+    """Return the class that each anchor is trained on, and the deltas to its box, as `pyramid_anchor_target` does.
 
     Args:
         gt_bbox: (N, G, 5) box and class from 1; rows whose class is below 1 are padding.
         im_info: (N, 3) height, width and scale of each image before padding.
         anchors: (K, 4).
-        pos_thr, neg_thr: an anchor is foreground at or above the one IoU, background below the other.
-        min_pos_thr: a box forces no anchor when its best IoU is below this, or zero.
-        allowed_border: anchors that reach further than this beyond the image are ignored.
+        pos_thr, neg_thr: an anchor is foreground if its best IoU is at least pos_thr, background if below neg_thr.
+        min_pos_thr: a box forces no anchor if its best IoU is below this, or zero.
+        allowed_border: anchors that extend further than this beyond the image are ignored.
 
     Returns:
         label (N, K): -1 ignored, 0 background, else the class; delta (N, K, 4): dx, dy, dw, dh, zero where label < 1.
-        Both float32, which all is computed in.
+        Both are computed in float32.
     """
     gt_bbox, im_info, anchors = np.asarray(gt_bbox), np.asarray(im_info), np.asarray(anchors)
     if gt_bbox.ndim != 3 or gt_bbox.shape[2] != 5 or im_info.shape != (gt_bbox.shape[0], 3) or not _is_rows(anchors, 4):
@@ -133,15 +133,15 @@ def anchor_target(
 
 
 def nms(bbox, score, cls, *, double thr, max_det, double min_score=-math.inf, inclusive=True, threads=0):
-    """The boxes of every image that no better box of their class covers: index (N, D) int64 and score (N, D) float32.
+    """Return the kept boxes of every image, best first: index (N, D) int64 and score (N, D) float32.
 
-    Best first; -1 and 0 beyond the boxes kept. A box goes when its IoU with a kept box of its own class and of a higher
-    score is above thr. Of equal scores the lower index comes first. A box whose score is not above min_score (NaN is
-    not) is never kept.
+    A box is suppressed if its IoU with a kept box of the same class and a higher score is above thr. Among equal scores
+    the lower index comes first. Beyond the kept boxes, index is -1 and score is 0. A box is never kept if its score is
+    NaN or not above min_score.
 
     Args:
         bbox: (N, M, 4). score: (N, M). cls: (N, M) integers.
-        inclusive: corners lie inside the box, so its width is x2 - x1 + 1; else x2 - x1.
+        inclusive: corners are inclusive, so the width of a box is x2 - x1 + 1; else x2 - x1.
     """
     return _nms("nms", bbox, score, cls, NK_NMS_HARD, thr, 1.0, min_score, max_det, inclusive, threads)
 
@@ -149,10 +149,10 @@ def nms(bbox, score, cls, *, double thr, max_det, double min_score=-math.inf, in
 def soft_nms(
     bbox, score, cls, *, method, double thr, double sigma, double min_score, max_det, inclusive=True, threads=0
 ):
-    """The best boxes of every image, where a kept box lowers the scores of its class; arrays as of `nms`.
+    """Return the kept boxes of every image by soft-NMS, where a kept box lowers the scores of its class.
 
-    method "linear" multiplies by 1 - IoU where the IoU is above thr, "gaussian" every score by exp(-IoU^2 / sigma). A
-    box is out as soon as its score is not above min_score. The scores returned are those lowered.
+    method "linear" multiplies a score by 1 - IoU if the IoU is above thr, "gaussian" by exp(-IoU^2 / sigma). A box is
+    removed once its score is not above min_score. The scores returned are the lowered ones. Arrays are as in `nms`.
 
     Source: Bodla et al. 2017, "Soft-NMS: Improving Object Detection With One Line of Code", arXiv:1704.04503.
     """
@@ -202,20 +202,20 @@ cdef _nms(
 def retina_decode(
     cls_prob, bbox_pred, im_info, anchors, *, pre_nms_top_n, double thresh, num_anchors, threads=0
 ):
-    """The best (anchor, class) pairs of one level and their boxes.
+    """Return the best (anchor, class) pairs of one level and their boxes.
 
     Args:
         cls_prob: (N, A*C, H, W) probabilities, anchor-major, then class.
         bbox_pred: (N, 4A, H, W) deltas, anchor-major, then dx, dy, dw, dh.
         im_info: (N, 3) height, width and scale of each image before padding; boxes are clipped to it.
-        anchors: (H*W*A, 4), by rows of cells, then cells, then anchors.
-        pre_nms_top_n: T, the most pairs kept.
-        thresh: pairs whose probability is not above it, or is NaN, are no candidates; at least 0.
+        anchors: (H*W*A, 4), ordered by row, column, anchor.
+        pre_nms_top_n: T, the maximum number of pairs.
+        thresh: candidates are pairs with a probability above this; at least 0. NaN is not a candidate.
         num_anchors: A.
 
     Returns:
-        bbox (N, T, 4) and score (N, T) float32 and cls (N, T) int64 from 1, by falling score, equal scores by their
-        place in (A, C, H, W). Rows beyond the candidates are zero, class 0 included.
+        bbox (N, T, 4) and score (N, T) float32 and cls (N, T) int64 from 1, in descending order of score, equal scores
+        in the order (A, C, H, W). Rows beyond the candidates are zero, including their class.
     """
     cls_prob, bbox_pred, im_info, anchors = map(np.asarray, (cls_prob, bbox_pred, im_info, anchors))
     _check_decode(cls_prob, bbox_pred, im_info, anchors, pre_nms_top_n, thresh, num_anchors)
@@ -246,7 +246,7 @@ def retina_decode(
 
 
 cdef _check_decode(cls_prob, bbox_pred, im_info, anchors, count, thresh, A):
-    """Raise ValueError unless shapes and settings fit each other."""
+    """Raise ValueError unless shapes and settings are consistent."""
     if A < 1 or cls_prob.ndim != 4 or cls_prob.shape[1] % A:
         raise ValueError(f"retina_decode: expected cls_prob (N, A*C, H, W) with A = {A}, got {cls_prob.shape}")
     N, channel, H, W = cls_prob.shape
@@ -258,15 +258,15 @@ cdef _check_decode(cls_prob, bbox_pred, im_info, anchors, count, thresh, A):
             raise ValueError(f"retina_decode: expected {name} {shape}, got {array.shape}")
     if count < 1 or not thresh >= 0:
         raise ValueError(f"retina_decode: expected pre_nms_top_n >= 1 and thresh >= 0, got {count} and {thresh}")
-    if channel * H * W >= 2**32:  # a place fills the low half of a key of 64 bits
-        raise ValueError(f"retina_decode: expected fewer than 2^32 probabilities an image, got {cls_prob.shape}")
+    if channel * H * W >= 2**32:  # the index is the low half of a 64-bit key
+        raise ValueError(f"retina_decode: expected fewer than 2^32 probabilities per image, got {cls_prob.shape}")
 
 
 def focal_loss(logit, label, *, double alpha, double gamma, normalizer=None, with_grad=False, threads=0):
-    """The focal loss of a batch, a float, and with_grad its gradient: (loss, grad (N, K, C)).
+    """Return the focal loss of a batch, a float; with with_grad also its gradient: (loss, grad (N, K, C)).
 
     Args:
-        logit: (N, K, C), computed in float64 where it is, else in float32.
+        logit: (N, K, C), computed in float64 if it is, else in float32.
         label: (N, K): -1 ignored, 0 background, 1..C foreground.
         normalizer: a scalar, or (N,) one per image, that divides the sum; None: the number of labels >= 1, plus 1.
 
@@ -301,12 +301,12 @@ def focal_loss(logit, label, *, double alpha, double gamma, normalizer=None, wit
 
 
 def smooth_l1_loss(delta, target, weight, *, double beta, normalizer=None, with_grad=False, threads=0):
-    """The sum of weight * smooth_l1(delta - target), a float, and with_grad its gradient: (loss, grad (N, R, P)).
+    """Return the sum of weight * smooth_l1(delta - target); with with_grad also its gradient: (loss, grad (N, R, P)).
 
     smooth_l1(x) is x^2 / (2 beta) where |x| < beta, else |x| - beta / 2.
 
     Args:
-        delta, target, weight: (N, R, P), computed in float64 where delta is, else in float32.
+        delta, target, weight: (N, R, P), computed in float64 if delta is, else in float32.
         normalizer: a scalar, or (N,) one per image, that divides the sum; None: 1.
 
     Source: Girshick 2015, "Fast R-CNN", equation 3.
@@ -348,7 +348,7 @@ cdef bint _is_rows(array, width) except -1:
 
 
 cdef _float_type(first, second=None):
-    """float64 where an array is, else float32."""
+    """Return float64 if an array is, else float32."""
     return np.float64 if np.float64 in (first.dtype, first.dtype if second is None else second.dtype) else np.float32
 
 
@@ -357,17 +357,17 @@ cdef int32_t _code(dtype) except -1:
 
 
 cdef _as(dtype, array):
-    """The array as the kernels take it: itself where it is so already."""
+    """Return the array as a contiguous one of the type, without a copy if it is one."""
     return np.ascontiguousarray(array, dtype)
 
 
 cdef void* _address(array) except? NULL:
-    """Where the elements of an array start; NULL of None. The caller keeps the array."""
+    """Return the address of the elements of an array; NULL for None. The caller keeps the array alive."""
     return NULL if array is None else <void*><size_t>array.ctypes.data
 
 
 cdef _scale(operator, normalizer, N):
-    """(N,) float64: 1 / normalizer of every image."""
+    """Return 1 / normalizer for every image: (N,) float64."""
     if np.shape(normalizer) not in ((), (N,)):
         raise ValueError(f"{operator}: expected normalizer () or ({N},), got {np.shape(normalizer)}")
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -386,7 +386,7 @@ cdef _require_done(operator, int32_t status):
 
 
 cdef _require_usable():
-    """Raise ImportError where this extension or its library is of other sources or for another processor."""
+    """Raise ImportError if this extension or its library was built from other sources or for another processor."""
     try:
         require_usable({"sources": NK_SOURCES.decode()}, "operator_cxx.numpy_ops")
         require_usable(json.loads(nk_build_info().decode()), "necklace_cpu.so")

@@ -1,4 +1,4 @@
-"""From the head's outputs of one level to its best boxes.
+"""Decoding of one level: from the outputs of the head to the best boxes.
 
 Shapes: N images, A anchors per cell, C foreground classes, H x W cells, T = pre_nms_top_n boxes kept.
 Boxes are xyxy in input pixels with inclusive corners.
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from operator_cxx import library
-from operator_cxx.levels import flat
 from operator_cxx.reference import retina_decode as reference
 
 _COMPILED = (torch.float32, torch.float16, torch.bfloat16)
@@ -26,26 +25,27 @@ def retina_decode(
     thresh: float,
     num_anchors: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best (anchor, class) pairs of one level and their boxes.
+    """Return the best (anchor, class) pairs of one level and their boxes.
 
-    Shapes of the answer do not depend on the values, so a graph with this operator can be traced. No gradient passes.
+    The shapes of the results do not depend on values, so graphs with this operator can be traced. There are no
+    gradients.
 
     Args:
         cls_prob: (N, A*C, H, W) probabilities, anchor-major, then class. They are compared as float32.
-        bbox_pred: (N, 4A, H, W) deltas, anchor-major, then dx, dy, dw, dh. A coordinate is NaN where its delta is.
+        bbox_pred: (N, 4A, H, W) deltas, anchor-major, then dx, dy, dw, dh. A NaN delta gives NaN coordinates.
         im_info: (N, 3) height, width and scale of each image before padding; boxes are clipped to it.
-        anchors: (H*W*A, 4) as `operator_cxx.anchor.grid_anchors` orders them.
-        pre_nms_top_n: T, the most pairs kept.
-        thresh: pairs whose probability is not above it, or is NaN, are no candidates; at least 0.
+        anchors: (H*W*A, 4) in the order of `operator_cxx.anchor.grid_anchors`.
+        pre_nms_top_n: T, the maximum number of pairs.
+        thresh: candidates are pairs with a probability above this; at least 0. NaN is not a candidate.
         num_anchors: A.
 
     Returns:
-        bbox (N, T, 4) float32 (float64 where bbox_pred is), score (N, T) float32 and cls (N, T) int64 from 1, by
-        falling score, equal scores by their place in (A, C, H, W). Rows beyond the candidates are zero, class 0
-        included.
+        bbox (N, T, 4) float32 (float64 if bbox_pred is), score (N, T) float32 and cls (N, T) int64 from 1, in
+        descending order of score, equal scores in the order (A, C, H, W). Rows beyond the candidates are zero,
+        including their class.
 
-    Raises ValueError for shapes, types, devices or settings that do not fit. Other types than float32, float16 and
-    bfloat16 are computed in plain torch.
+    Raises ValueError for inconsistent shapes, types or devices and for invalid settings. Types other than float32,
+    float16 and bfloat16 are computed in plain torch.
     """
     _check(cls_prob, bbox_pred, im_info, anchors, pre_nms_top_n, thresh, num_anchors)
     cls_prob, bbox_pred = cls_prob.detach(), bbox_pred.detach()
@@ -73,13 +73,13 @@ def _op(
     num_anchors: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels = library.loaded[cls_prob.device.type]
-    prob, delta = flat(cls_prob), flat(bbox_pred)  # (N, A*C, H*W), (N, 4A, H*W)
+    prob, delta = cls_prob.flatten(2), bbox_pred.flatten(2)  # (N, A*C, H*W), (N, 4A, H*W)
     N, channel, cells = prob.shape
     sizes = (N, num_anchors, channel // num_anchors, cells, pre_nms_top_n)
     bbox, score, cls = answer = _answer(cls_prob, pre_nms_top_n)
     kernels.run(
         "retina_decode",
-        prob,  # works where this is
+        prob,  # the device
         prob,
         library.DTYPES[prob.dtype],
         prob.stride(),
@@ -112,7 +112,7 @@ def _(
 
 
 def _answer(cls_prob: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised bbox, score and cls of `count` rows an image."""
+    """Return uninitialised bbox, score and cls with `count` rows per image."""
     N = cls_prob.shape[0]
     return (
         cls_prob.new_empty((N, count, 4), dtype=torch.float32),
@@ -130,7 +130,7 @@ def _check(
     thresh: float,
     num_anchors: int,
 ) -> None:
-    """Raise ValueError unless shapes, types, devices and settings fit each other."""
+    """Raise ValueError unless shapes, types, devices and settings are consistent."""
     if cls_prob.dim() != 4 or num_anchors < 1 or cls_prob.shape[1] % num_anchors:
         raise ValueError(
             f"retina_decode: expected cls_prob (N, A*C, H, W) with A = {num_anchors}, got {tuple(cls_prob.shape)}"
@@ -148,9 +148,9 @@ def _check(
         raise ValueError(
             f"retina_decode: expected pre_nms_top_n >= 1 and thresh >= 0, got {pre_nms_top_n} and {thresh}"
         )
-    if channel * H * W >= 2**32:  # a place fills the low half of a key of 64 bits
+    if channel * H * W >= 2**32:  # the index is the low half of a 64-bit key
         raise ValueError(
-            f"retina_decode: expected fewer than 2^32 probabilities an image, got {tuple(cls_prob.shape)}: "
+            f"retina_decode: expected fewer than 2^32 probabilities per image, got {tuple(cls_prob.shape)}: "
             "fewer classes, anchors or cells"
         )
     if not (cls_prob.is_floating_point() and bbox_pred.is_floating_point()):

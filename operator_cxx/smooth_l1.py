@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from operator_cxx import library
-from operator_cxx.levels import flat, gradients, image_scale, require_alike, scaled
+from operator_cxx.levels import gradients, image_scale, require_alike, scaled
 from operator_cxx.reference import smooth_l1 as reference
 
 
 def smooth_l1_loss(
     delta: Sequence[Tensor], target: Tensor, weight: Tensor, *, beta: float, normalizer: Tensor | None = None
 ) -> Tensor:
-    """The sum of weight * smooth_l1(delta - target) over all levels, a scalar.
+    """Return the sum of weight * smooth_l1(delta - target) over all levels, a scalar.
 
-    smooth_l1(x) is x^2 / (2 beta) where |x| < beta, else |x| - beta / 2. Gradients reach the deltas only.
+    smooth_l1(x) is x^2 / (2 beta) where |x| < beta, else |x| - beta / 2. Only the deltas receive gradients.
 
     Args:
-        delta: of every level (N, R, H, W), of one floating-point type; float16 and bfloat16 are computed in float32.
+        delta: (N, R, H, W) per level, all of the same floating-point type; float16 and bfloat16 are computed in
+            float32.
         target, weight: (N, R, P), levels in the same order.
         normalizer: a scalar, or (N,) one per image, that divides the sum; None: 1.
 
-    Raises ValueError for shapes, types or devices that do not fit.
+    Raises ValueError for inconsistent shapes, types or devices.
 
     Source: Girshick 2015, "Fast R-CNN", equation 3.
     """
@@ -39,24 +40,26 @@ def smooth_l1_loss(
         return reference.smooth_l1_loss(delta, target, weight, beta=beta, scale=scale)
     dtype = torch.promote_types(delta[0].dtype, torch.float32)
     with_grad = torch.is_grad_enabled() and any(level.requires_grad for level in delta)
-    return _op(list(map(flat, delta)), target.to(dtype), weight.to(dtype), scale, beta, with_grad)[0]
+    maps = [level.flatten(2) for level in delta]  # (N, R, H*W)
+    return _op(maps, target.to(dtype), weight.to(dtype), scale, beta, with_grad)[0]
 
 
 @torch.library.custom_op("necklace::smooth_l1_loss", mutates_args=())
 def _op(
     delta: Sequence[Tensor], target: Tensor, weight: Tensor, scale: Tensor, beta: float, with_grad: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """The loss of levels (N, R, H*W), and the gradient of every level or none."""
+    """Return the loss of levels (N, R, H*W), and the gradient of every level or an empty list."""
     kernels = library.loaded[target.device.type]
     target, weight = target.contiguous(), weight.contiguous()
     _, R, P = target.shape
     loss = torch.zeros((), dtype=torch.float64, device=target.device)
-    grads, first = gradients(delta, with_grad), 0
+    grads = gradients(delta, with_grad)
+    first = 0  # cell of the level
     for i, level in enumerate(delta):
         grad = grads[i] if grads else None
         kernels.run(
             "smooth_l1",
-            level,  # works where this is
+            level,  # the device
             level,
             grad,
             library.DTYPES[level.dtype],
@@ -85,7 +88,7 @@ def _(
 def _keep_gradient(ctx: Any, inputs: Any, output: tuple[Tensor, list[Tensor]]) -> None:
     ctx.levels = len(inputs[0])
     ctx.mark_non_differentiable(*output[1])
-    ctx.set_materialize_grads(False)  # or backward would get zeros for the gradients, as large as they are
+    ctx.set_materialize_grads(False)  # else backward would receive zeros for the gradients, of the same size
     ctx.save_for_backward(*output[1])
 
 
@@ -98,7 +101,7 @@ _op.register_autograd(_backward, setup_context=_keep_gradient)
 
 
 def _check(delta: Sequence[Tensor], target: Tensor, weight: Tensor, beta: float) -> None:
-    """Raise ValueError unless shapes, types, devices and settings fit each other."""
+    """Raise ValueError unless shapes, types, devices and settings are consistent."""
     shapes = [tuple(level.shape) for level in delta]
     N, R, P = target.shape if target.dim() == 3 else (-1, -1, -1)
     fits = all(len(shape) in (3, 4) and shape[:2] == (N, R) for shape in shapes)

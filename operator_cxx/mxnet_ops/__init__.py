@@ -1,4 +1,7 @@
-"""The operators as MXNet 1.9's own: `_contrib_FocalLoss` and its siblings, in mx.nd.contrib and mx.sym.contrib."""
+"""The operators for MXNet 1.9: `_contrib_FocalLoss` and its siblings, in mx.nd.contrib and mx.sym.contrib.
+
+The binding adapts attributes, shapes and gradients and calls the kernel libraries; it contains no kernels of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from operator_cxx.build import library_path, read_info
 
 @cache
 def load_mxnet() -> Any:
-    """The module mxnet, with the operators loaded into it.
+    """Return the module mxnet with the operators loaded into it.
 
-    Raises ValueError where there is no MXNet 1.9 or the operators were not built for it, saying what to do.
+    Raises ValueError if MXNet is not installed or the operators were not built for it.
     """
     if importlib.util.find_spec("mxnet") is None:
         raise ValueError("MXNet is not installed here: make mxnet, then run with .venv-mxnet/bin/python")
@@ -28,9 +31,9 @@ def load_mxnet() -> Any:
         if not info or (sources and info["sources"] != sources):
             state = "built from other sources" if info else "not built"
             raise ValueError(f"{library_path(name).name} is {state}: make ops, then make mxnet")
-    os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")  # a line on the console for every graph
+    os.environ.setdefault("MXNET_SUBGRAPH_VERBOSE", "0")  # else MXNet prints a line per graph
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MXNet is older than what NumPy and Python have deprecated since
+        warnings.simplefilter("ignore")  # MXNet uses what NumPy and Python have deprecated since its release
         mx = importlib.import_module("mxnet")
     mx.library.load(str(path), verbose=False)
     return mx

@@ -1,4 +1,4 @@
-/* Typed reading of an operator's attributes, which MXNet hands over as strings in Python's spelling. */
+/* Typed access to an operator's attributes, which MXNet passes as strings in Python's spelling. */
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ using Attrs = std::unordered_map<std::string, std::string>;
 
 [[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
-/* The attributes of one node. Every reader takes the default, and refuses what it cannot read. */
+/* The attributes of one node. The accessors return `otherwise` if an attribute is absent and refuse invalid text. */
 class Attributes {
  public:
   explicit Attributes(const Attrs& attrs) : attrs_(attrs) {}
 
-  /* Refuses attributes of other names; MXNet's own (__name__) are not ours to judge. */
+  /* Refuse attributes of other names, except MXNet's own (__name__). */
   void require_known(std::initializer_list<const char*> names) const {
     for (const auto& item : attrs_) {
       bool known = item.first.compare(0, 2, "__") == 0;
@@ -68,7 +68,7 @@ class Attributes {
   }
 
  private:
-  /* The numbers of "(1.0, 2)", "[1]" or "1". */
+  /* Parse the numbers of "(1.0, 2)", "[1]" or "1". */
   std::vector<double> split(const char* name) const {
     std::string text = attrs_.at(name);
     for (char& letter : text) {

@@ -1,17 +1,16 @@
-/* Necklace's operators as MXNet 1.9's own, registered through its lib_api.h and loaded by mx.library.load.
+/* Necklace's operators for MXNet 1.9, registered through its lib_api.h and loaded by mx.library.load.
  *
- * Attributes, shapes and gradients are those of symbol/ops and symbol/torch_backend; the work
- * is done by the kernels of necklace.h. Tensors are float32, as the graphs have them at their losses and predictions
- * in every precision; the data of the losses may be float64.
+ * Attributes, shapes and gradients are those of the graph language in symbol/; the kernels of necklace.h do the work.
+ * Tensors are float32, because the graphs compute losses and predictions in float32 at every precision. The data of the
+ * losses may be float64.
  *
  * N images, A anchors per cell, C foreground classes, H x W cells, K anchors of all levels, P cells of all levels,
- * T boxes kept of a level. A dimension of 0, or no dimensions at all, are unknown.
+ * T boxes kept per level. A shape with a dimension of 0, or without dimensions, is unknown.
  */
 #include <mxnet/lib_api.h>
 
 #include <algorithm>
 #include <cmath>
-#include <type_traits>
 
 #include "attributes.h"
 #include "kernels.h"
@@ -27,7 +26,7 @@ using Shape = std::vector<unsigned>;
 using Shapes = std::vector<Shape>;
 using Types = std::vector<int>;
 
-/* MXNet writes an unknown dimension as -1, which arrives as the largest number. */
+/* MXNet passes -1, an unknown dimension, as the largest unsigned number. */
 bool is_known(const Shape& shape) {
   return !shape.empty() && std::none_of(shape.begin(), shape.end(), [](unsigned d) { return d == 0 || d == ~0u; });
 }
@@ -38,7 +37,7 @@ std::string text_of(const Shape& shape) {
   return "(" + text + ")";
 }
 
-/* The shape must be, or becomes, what it follows to be. */
+/* Set an unknown shape to the expected one; refuse a known shape that differs. */
 void settle(Shape& shape, const Shape& expected, const char* name) {
   if (is_known(shape) && shape != expected) {
     refuse(std::string(name) + " should be " + text_of(expected) + ", but it is " + text_of(shape));
@@ -46,22 +45,22 @@ void settle(Shape& shape, const Shape& expected, const char* name) {
   shape = expected;
 }
 
-/* Work memory of one call, cut into pieces: MXNet gives one block at a time, the next request takes the first back. */
+/* Scratch memory of one call, divided into arrays. MXNet allocates a single block: a second request invalidates it. */
 class Workspace {
  public:
   static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
   Workspace(const OpResource& resource, const Place& place, int64_t bytes) {
-    if (bytes > INT32_MAX) refuse("more than 2 GiB of work memory, which MXNet cannot give: use smaller batches");
+    if (bytes > INT32_MAX) refuse("more than 2 GiB of work memory, which MXNet cannot allocate: use smaller batches");
     const int size = static_cast<int>(bytes);
     next_ = static_cast<char*>(place.gpu ? resource.alloc_gpu(size) : resource.alloc_cpu(size));
   }
 
   template <class T>
   T* take(int64_t count) {
-    char* piece = next_;
+    char* array = next_;
     next_ += padded(count * static_cast<int64_t>(sizeof(T)));
-    return reinterpret_cast<T*>(piece);
+    return reinterpret_cast<T*>(array);
   }
 
  private:
@@ -79,11 +78,12 @@ intptr_t where_of(const Place& place) {
 
 const float* values(MXTensor& tensor) { return tensor.data<float>(); }
 
-/* What a loss is divided by, as a factor of every image's terms. Needs 64 bytes besides the N factors. */
+/* Return the factors (N) of the images' losses that normalise the loss, in scale_bytes(N) of the workspace. */
 double* write_scale(const Attributes& attrs, const char* otherwise, double factor, MXTensor& label, int64_t N,
                     const Place& place, Workspace& work) {
   const std::string kind = attrs.text("normalization", otherwise);
-  double *count = work.take<double>(1), *scale = work.take<double>(N);
+  double* count = work.take<double>(1);
+  double* scale = work.take<double>(N);
   if (kind == "valid") count_foreground(place, values(label), label.size(), count);
   if (kind == "batch") factor /= static_cast<double>(std::max<int64_t>(1, N));
   for_each(place, N, ImageScale{kind == "valid" ? count : nullptr, factor, scale});
@@ -97,30 +97,30 @@ void require_normalization(const Attributes& attrs, const char* otherwise) {
   if (kind != "null" && kind != "batch" && kind != "valid") attrs.refuse_value("normalization", "null, batch or valid");
 }
 
-/* Calls body with a null pointer of the tensor's type. */
-template <class Body>
-void with_type(const MXTensor& tensor, const Body& body) {
-  if (tensor.dtype == mxnet::ext::kFloat64) return body(static_cast<double*>(nullptr));
-  body(static_cast<float*>(nullptr));
+/* Return the code of a tensor's type in necklace.h. */
+int32_t dtype_of(const MXTensor& tensor) {
+  return tensor.dtype == mxnet::ext::kFloat64 ? NK_FLOAT64 : NK_FLOAT32;
 }
 
 void zero(const Place& place, MXTensor& tensor) {
-  with_type(tensor, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for_each(place, tensor.size(), Zero<T>{tensor.data<T>()});
-  });
+  nk::with_dtype<float, double>(
+      dtype_of(tensor), [&]<class T>() { for_each(place, tensor.size(), Zero<T>{tensor.data<T>()}); });
 }
 
-/* An operator is a struct of static functions; `backward` gets the output gradients, the inputs, the outputs. */
+/* Operators are structs of static functions. The inputs of `backward` are the output gradients, inputs and outputs. */
 
 struct FocalLoss {
   static constexpr bool kTakesDouble = true;
-  static constexpr int kInputs = 2, kOutputs = 1;  // data (N, K, C), label (N, K) -> the terms of the loss (N, K, C)
+  // data (N, K, C), label (N, K) -> loss of every logit (N, K, C)
+  static constexpr int kInputs = 2;
+  static constexpr int kOutputs = 1;
 
   static void check(const Attributes& attrs) {
     attrs.require_known({"alpha", "gamma", "grad_scale", "normalization", "out_grad", "workspace"});
     require_normalization(attrs, "null");
-    attrs.boolean("out_grad", false), attrs.number("alpha", 0), attrs.number("grad_scale", 0);
+    attrs.boolean("out_grad", false);
+    attrs.number("alpha", 0);
+    attrs.number("grad_scale", 0);
     if (!(attrs.number("gamma", 2) >= 0)) attrs.refuse_value("gamma", "a number from 0 on");
   }
 
@@ -136,55 +136,48 @@ struct FocalLoss {
     const Place place = place_of(in[0], resource);
     Workspace work(resource, place, scale_bytes(N));
     const double* scale = write_scale(attrs, "null", attrs.number("grad_scale", 1), in[1], N, place, work);
-    with_type(in[0], [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      if (attrs.number("gamma", 2) == 2) return terms<T, true>(attrs, in, out, scale, place);
-      terms<T, false>(attrs, in, out, scale, place);
+    const double gamma = attrs.number("gamma", 2);
+    const double alpha = attrs.number("alpha", 0.25);
+    nk::with_dtype<float, double>(dtype_of(in[0]), [&]<class T>() {
+      nk::with_bool(gamma == 2, [&]<bool squared>() {
+        const FocalTerms<T, squared> terms{
+            in[0].data<T>(), values(in[1]), scale, out[0].data<T>(), in[0].shape[1], in[0].shape[2], alpha,
+            nk::focal_term<T, squared>(gamma)};
+        for_each(place, in[0].size(), terms);
+      });
     });
   }
 
-  /* A loss at the head of a graph: its gradient does not ask for that of its output, unless out_grad says so. */
+  /* The operator is a loss at the head of a graph: the gradient of its output is ignored, unless out_grad is set. */
   static void backward(const Attributes& attrs, Tensors& in, Tensors& out, const OpResource& resource) {
-    MXTensor &logit = in[1], &label = in[2];
+    MXTensor& logit = in[1];
+    MXTensor& label = in[2];
     const int64_t N = logit.shape[0], K = logit.shape[1], C = logit.shape[2];
     const Place place = place_of(logit, resource);
     const Kernels& kernel = kernels(place.gpu);
     const int64_t bytes = kernel.focal_loss_workspace(N, 1, K, C);
     Workspace work(resource, place, scale_bytes(N) + Workspace::padded(8) + Workspace::padded(bytes));
     const double* scale = write_scale(attrs, "null", attrs.number("grad_scale", 1), label, N, place, work);
-    double* loss = work.take<double>(1);  // not asked for: the terms are the output
-    zero_double(place, loss);
-    const int64_t stride[4] = {K * C, 0, 1, C};  // [n, a, c, p] with one anchor a cell
-    const int32_t dtype = logit.dtype == mxnet::ext::kFloat64 ? NK_FLOAT64 : NK_FLOAT32;
-    kernel.check(kernel.focal_loss(logit.data_ptr, out[0].data_ptr, dtype, N, 1, K, C, stride, stride, values(label), K,
-                                   scale, attrs.number("alpha", 0.25), attrs.number("gamma", 2), loss,
+    double* loss = work.take<double>(1);  // unused: the output is the loss of every logit
+    for_each(place, 1, Zero<double>{loss});
+    const int64_t stride[4] = {K * C, 0, 1, C};  // [n, a, c, p] with a single anchor
+    kernel.check(kernel.focal_loss(logit.data_ptr, out[0].data_ptr, dtype_of(logit), N, 1, K, C, stride, stride,
+                                   values(label), K, scale, attrs.number("alpha", 0.25), attrs.number("gamma", 2), loss,
                                    work.take<char>(bytes), where_of(place)));
     if (attrs.boolean("out_grad", false)) {
-      with_type(logit, [&](auto* type) {
-        using T = std::remove_pointer_t<decltype(type)>;
+      nk::with_dtype<float, double>(dtype_of(logit), [&]<class T>() {
         for_each(place, N * K * C, Multiply<T>{in[0].data<T>(), out[0].data<T>()});
       });
     }
     zero(place, out[1]);
   }
-
- private:
-  template <class T, bool squared>
-  static void terms(const Attributes& attrs, Tensors& in, Tensors& out, const double* scale, const Place& place) {
-    const int64_t K = in[0].shape[1], C = in[0].shape[2];
-    const auto term = nk::focal_term<T, squared>(attrs.number("gamma", 2));
-    const double alpha = attrs.number("alpha", 0.25);
-    const T* logit = in[0].data<T>();
-    T* result = out[0].data<T>();
-    for_each(place, in[0].size(), FocalTerms<T, squared>{logit, values(in[1]), scale, result, K, C, alpha, term});
-  }
-
-  static void zero_double(const Place& place, double* number) { for_each(place, 1, ImageScale{nullptr, 0.0, number}); }
 };
 
 struct BBoxNorm {
   static constexpr bool kTakesDouble = true;
-  static constexpr int kInputs = 2, kOutputs = 1;  // data (N, 4A, P), label (N, K) -> data
+  // data (N, 4A, P), label (N, K) -> data
+  static constexpr int kInputs = 2;
+  static constexpr int kOutputs = 1;
 
   static void check(const Attributes& attrs) {
     attrs.require_known({"normalization"});
@@ -199,27 +192,25 @@ struct BBoxNorm {
   }
 
   static void forward(const Attributes&, Tensors& in, Tensors& out, const OpResource& resource) {
-    with_type(in[0], [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
+    nk::with_dtype<float, double>(dtype_of(in[0]), [&]<class T>() {
       for_each(place_of(in[0], resource), in[0].size(), Copy<T>{in[0].data<T>(), out[0].data<T>()});
     });
   }
 
-  /* The output's gradient, divided. */
+  /* Pass the gradient of the output on, normalised. */
   static void backward(const Attributes& attrs, Tensors& in, Tensors& out, const OpResource& resource) {
     const int64_t N = in[1].shape[0];
     const Place place = place_of(in[1], resource);
     Workspace work(resource, place, scale_bytes(N));
     const double* scale = write_scale(attrs, "valid", 1, in[2], N, place, work);
-    with_type(in[0], [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
+    nk::with_dtype<float, double>(dtype_of(in[0]), [&]<class T>() {
       for_each(place, in[0].size(), Scale<T>{in[0].data<T>(), scale, out[0].data<T>()});
     });
     zero(place, out[1]);
   }
 };
 
-/* For operators that pass no gradient. */
+/* The base of operators whose gradient is zero. */
 struct NoGradient {
   static constexpr bool kTakesDouble = false;
 
@@ -229,7 +220,9 @@ struct NoGradient {
 };
 
 struct GenAnchor : NoGradient {
-  static constexpr int kInputs = 1, kOutputs = 1;  // cls_prob (N, A*C, H, W) -> anchors (H*W*A, 4)
+  // cls_prob (N, A*C, H, W) -> anchors (H*W*A, 4)
+  static constexpr int kInputs = 1;
+  static constexpr int kOutputs = 1;
 
   static void check(const Attributes& attrs) {
     attrs.require_known({"scales", "ratios", "feature_stride"});
@@ -252,11 +245,14 @@ struct GenAnchor : NoGradient {
     GridAnchors grid{{}, 0, in[0].shape[3], stride, out[0].data<float>()};
     const double side = static_cast<double>(stride), center = 0.5 * (side - 1);
     for (double ratio : ratios(attrs)) {
-      const double width = std::nearbyint(std::sqrt(side * side / ratio)), height = std::nearbyint(width * ratio);
+      const double width = std::nearbyint(std::sqrt(side * side / ratio));
+      const double height = std::nearbyint(width * ratio);
       for (double scale : scales(attrs)) {
-        const double half_w = 0.5 * (width * scale - 1), half_h = 0.5 * (height * scale - 1);
+        const double half_w = 0.5 * (width * scale - 1);
+        const double half_h = 0.5 * (height * scale - 1);
         const double box[4] = {center - half_w, center - half_h, center + half_w, center + half_h};
-        std::copy(box, box + 4, grid.base[grid.A++]);
+        std::copy(box, box + 4, grid.base[grid.A]);
+        ++grid.A;
       }
     }
     for_each(place_of(in[0], resource), out[0].size(), grid);
@@ -270,7 +266,8 @@ struct GenAnchor : NoGradient {
 struct GenProposalRetina : NoGradient {
   // cls_prob (N, A*C, H, W), bbox_pred (N, 4A, H, W), im_info (N, 3), anchors (H*W*A, 4)
   // -> boxes (N, T, 4) and scores (N, T, C + 1)
-  static constexpr int kInputs = 4, kOutputs = 2;
+  static constexpr int kInputs = 4;
+  static constexpr int kOutputs = 2;
 
   static void check(const Attributes& attrs) {
     attrs.require_known({"num_anchors", "rpn_pre_nms_top_n", "rpn_min_size", "feature_stride", "thresh", "anchor_mean",
@@ -298,7 +295,7 @@ struct GenProposalRetina : NoGradient {
       refuse("cls_prob must be (N, A*C, H, W) with A = " + std::to_string(A) + ", got " + text_of(in[0]));
     }
     const unsigned N = in[0][0], H = in[0][2], W = in[0][3];
-    if (static_cast<uint64_t>(in[0][1]) * H * W >> 32) refuse("cls_prob has 2^32 probabilities an image or more");
+    if (static_cast<uint64_t>(in[0][1]) * H * W >> 32) refuse("cls_prob has 2^32 probabilities per image or more");
     settle(in[1], {N, 4 * A, H, W}, "bbox_pred");
     settle(in[2], {N, 3}, "im_info");
     settle(in[3], {H * W * A, 4}, "anchors");
@@ -324,7 +321,7 @@ struct GenProposalRetina : NoGradient {
   }
 };
 
-/* MXNet's registration takes plain functions that answer success or failure; ours throw. */
+/* Run body and return success or failure, as MXNet's callbacks do, with the message of its exception. */
 template <class Body>
 mxnet::ext::MXReturnValue guarded(Body body) {
   try {
@@ -339,7 +336,8 @@ mxnet::ext::MXReturnValue guarded(Body body) {
 template <class Op>
 mxnet::ext::CustomOp& define(mxnet::ext::CustomOp& op) {
   op.setParseAttrs(+[](const Attrs& attrs, int* inputs, int* outputs) {
-    *inputs = Op::kInputs, *outputs = Op::kOutputs;
+    *inputs = Op::kInputs;
+    *outputs = Op::kOutputs;
     return guarded([&] { Op::check(Attributes(attrs)); });
   });
   op.setInferType(+[](const Attrs&, Types* in, Types* out) {
@@ -369,7 +367,7 @@ mxnet::ext::CustomOp& define(mxnet::ext::CustomOp& op) {
   return op;
 }
 
-/* The names of REGISTER_OP's macro, spelled out: each operator is defined once from its struct. */
+/* Register an operator; the equivalent of MXNet's macro REGISTER_OP for operators that are structs. */
 template <class Op>
 mxnet::ext::CustomOp& registered(const char* name) {
   return define<Op>(mxnet::ext::Registry<mxnet::ext::CustomOp>::get()->add(name));

@@ -1,4 +1,4 @@
-/* The library of kernels beside this one, opened at run time: necklace_cpu.so and necklace_cuda.so have the same names. */
+/* The kernel libraries beside this library. They are opened at run time, because both export the same names. */
 #pragma once
 
 #include <dlfcn.h>
@@ -21,7 +21,8 @@ struct Kernels {
   explicit Kernels(const std::string& name) {
     Dl_info self;
     if (!dladdr(reinterpret_cast<const void*>(&anchor_), &self)) throw std::runtime_error("this library has no path");
-    const std::string own = self.dli_fname, path = own.substr(0, own.rfind('/') + 1) + name;
+    const std::string own = self.dli_fname;
+    const std::string path = own.substr(0, own.rfind('/') + 1) + name;
     void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (!library) throw std::runtime_error(std::string(dlerror()) + ": build it, make ops");
     find(library, "nk_error_string", error_string);
@@ -39,7 +40,7 @@ struct Kernels {
   template <class Function>
   static void find(void* library, const char* name, Function& function) {
     function = reinterpret_cast<Function>(dlsym(library, name));
-    if (!function) throw std::runtime_error(std::string(name) + " is missing: build the operators again, make ops");
+    if (!function) throw std::runtime_error(std::string(name) + " is missing: rebuild the operators with make ops");
   }
 
   static const char anchor_;
@@ -47,7 +48,7 @@ struct Kernels {
 
 inline const char Kernels::anchor_ = 0;
 
-/* The kernels of a place, opened when they are first needed. */
+/* Return the kernels of a device, opened on first use. */
 inline const Kernels& kernels(bool gpu) {
   if (gpu) {
     static const Kernels cuda("necklace_cuda.so");
@@ -57,10 +58,10 @@ inline const Kernels& kernels(bool gpu) {
   return cpu;
 }
 
-/* Threads for the CPU: OMP_NUM_THREADS as MXNet reads it, or all. */
+/* Return the number of CPU threads: OMP_NUM_THREADS, as MXNet itself reads it, or that of the processor. */
 inline intptr_t cpu_threads() {
-  const char* wish = std::getenv("OMP_NUM_THREADS");
-  const long count = wish ? std::strtol(wish, nullptr, 10) : 0;
+  const char* setting = std::getenv("OMP_NUM_THREADS");
+  const long count = setting ? std::strtol(setting, nullptr, 10) : 0;
   return count > 0 ? count : std::max(1u, std::thread::hardware_concurrency());
 }
 

@@ -1,4 +1,4 @@
-/* The GPU's loops of the binding. Nothing here includes MXNet: any nvcc compiles it. */
+/* The GPU loops of pointwise.h. Includes no header of MXNet, so that any nvcc compiles it. */
 #define NK_WITH_CUDA
 #include "pointwise.h"
 
@@ -19,7 +19,7 @@ __global__ void each(int64_t size, const Body body) {
   if (i < size) body(i);
 }
 
-/* Sums of whole numbers: exact, and so the same in any order. */
+/* Integer sums are exact, and so do not depend on the order. */
 __global__ void count_labels(const float* label, int64_t size, unsigned long long* count) {
   const int64_t i = blockIdx.x * kThreads + threadIdx.x;
   const int found = __syncthreads_count(i < size && label[i] >= 1);
@@ -60,7 +60,7 @@ template void launch(int64_t, const OneHot&, void*);
 template void launch(int64_t, const ImageScale&, void*);
 
 void launch_count(const float* label, int64_t size, double* count, void* stream) {
-  static_assert(sizeof(double) == sizeof(unsigned long long), "the count is made where its result lies");
+  static_assert(sizeof(double) == sizeof(unsigned long long), "the integer count is converted in place");
   const auto on = static_cast<cudaStream_t>(stream);
   require(cudaMemsetAsync(count, 0, sizeof(double), on));
   if (size) {

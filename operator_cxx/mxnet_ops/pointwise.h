@@ -1,6 +1,6 @@
-/* What the binding computes by itself, element by element: everything that is no kernel of necklace.h.
+/* Elementwise operations of the binding, which are not kernels of necklace.h.
  *
- * A body is called with every index from 0. On the CPU for_each is a loop; pointwise.cu has the GPU's.
+ * A body is called with every index from 0. for_each is a loop on the CPU and a launch of pointwise.cu on the GPU.
  * N images, A anchors per cell, K anchors of all levels, C foreground classes, H x W cells.
  */
 #pragma once
@@ -11,26 +11,27 @@
 
 namespace nkmx {
 
-/* Where an operator works: on the CPU, or on a stream of the current GPU. */
+/* The device of an operator: the CPU, or a stream of the current GPU. */
 struct Place {
   bool gpu;
   void* stream;
 };
 
-/* The terms of the focal loss: out [n, k, c]. The same arithmetic as nk_focal_loss, which has their sum. */
+/* out [n, k, c]: focal loss of every logit, with the arithmetic of nk_focal_loss, which returns the sum. */
 template <class T, bool squared>
 struct FocalTerms {
   const T* logit;
   const float* label;
-  const double* scale;  // of every image
+  const double* scale;  // (N)
   T* out;
   int64_t K, C;
   double alpha;
   nk::FocalTerm<T, squared> term;
 
   NK_HD void operator()(int64_t i) const {
-    const float own = label[i / C], positive = static_cast<float>(i % C + 1);
-    const T z = nk::wrong_side(logit[i], own, positive);
+    const float own = label[i / C];
+    const float positive = static_cast<float>(i % C + 1);
+    const T z = nk::wrong_logit(logit[i], own, positive);
     T slope;
     const T value = term(z, nk::exp_minus(z < 0 ? -z : z), slope);
     const double weight = scale[i / (K * C)] * (own == positive ? alpha : 1 - alpha);
@@ -47,7 +48,7 @@ struct Multiply {
   NK_HD void operator()(int64_t i) const { data[i] *= factor[i]; }
 };
 
-/* out = data times one number. */
+/* out = data * *factor. */
 template <class T>
 struct Scale {
   const T* data;
@@ -72,7 +73,7 @@ struct Zero {
   NK_HD void operator()(int64_t i) const { out[i] = 0; }
 };
 
-/* The anchors of a map, rows of xyxy: the base anchors moved to each cell, in float64 and rounded once. */
+/* The anchors of a map, rows of xyxy: the base anchors shifted to each cell, in float64 and rounded once. */
 constexpr int64_t kMaxAnchors = 64;
 struct GridAnchors {
   double base[kMaxAnchors][4];
@@ -80,13 +81,15 @@ struct GridAnchors {
   float* out;
 
   NK_HD void operator()(int64_t i) const {
-    const int64_t side = i % 4, a = i / 4 % A, cell = i / 4 / A;
+    const int64_t side = i % 4;
+    const int64_t a = i / 4 % A;
+    const int64_t cell = i / 4 / A;
     const int64_t shift = stride * (side % 2 ? cell / W : cell % W);
     out[i] = static_cast<float>(static_cast<double>(shift) + base[a][side]);
   }
 };
 
-/* Scores (N * T, classes), zero but for the class of the row; class 0 has none. */
+/* Scores (N * T, classes): that of the row at its class, zero elsewhere. Rows of class 0 are padding of score 0. */
 struct OneHot {
   const float* score;
   const int64_t* cls;
@@ -99,7 +102,7 @@ struct OneHot {
   }
 };
 
-/* scale[n] = factor / (*count + 1) or, without count, factor. */
+/* scale[n] = factor / (*count + 1), or factor if count is null. */
 struct ImageScale {
   const double* count;
   double factor;
@@ -123,7 +126,7 @@ void for_each(const Place& place, int64_t size, const Body& body) {
   for (int64_t i = 0; i < size; ++i) body(i);
 }
 
-/* The number of labels >= 1, which float64 holds exactly. */
+/* Write the number of labels >= 1, exact in float64. */
 inline void count_foreground(const Place& place, const float* label, int64_t size, double* count) {
 #ifdef NK_WITH_CUDA
   if (place.gpu) return launch_count(label, size, count, place.stream);

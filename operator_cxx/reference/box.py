@@ -15,17 +15,16 @@ MAX_LOG_RATIO = math.log(1000.0 / 16.0)
 
 
 def inclusive_area(box: Tensor, offset: int = 1) -> Tensor:
-    """Areas (...) of boxes (..., 4); offset 0: of boxes with exclusive corners."""
+    """Return the areas (...) of boxes (..., 4). offset: 1 for inclusive corners, 0 for exclusive."""
     x1, y1, x2, y2 = box.unbind(-1)
     return (x2 - x1 + offset) * (y2 - y1 + offset)
 
 
 def inclusive_iou(box1: Tensor, area1: Tensor, box2: Tensor, area2: Tensor, offset: int = 1) -> Tensor:
-    """Intersection over union of boxes (..., 4) with boxes (..., 4), broadcast against each other.
+    """Return the intersection over union of boxes (..., 4) with boxes (..., 4), broadcast against each other.
 
-    The areas (...) are those of `inclusive_area`; callers compare one set with many others and compute them
-    once. Equal overlaps decide which anchors are foreground, so the order of the operations is part of the
-    result. offset 0: of boxes with exclusive corners.
+    The areas (...) are those of `inclusive_area`, computed once by callers that compare a set with many others. IoUs
+    are compared for equality, so the order of the operations is part of the result. offset: as in `inclusive_area`.
     """
     x1, y1, x2, y2 = box1.unbind(-1)
     left, top, right, bottom = box2.unbind(-1)
@@ -36,13 +35,13 @@ def inclusive_iou(box1: Tensor, area1: Tensor, box2: Tensor, area2: Tensor, offs
 
 
 def _center_and_size(box: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres (..., 2) and sizes (..., 2) of boxes (..., 4), both as (x, y)."""
+    """Return the centres (..., 2) and sizes (..., 2) of boxes (..., 4), both as (x, y)."""
     size = box[..., 2:] - box[..., :2] + 1
     return box[..., :2] + 0.5 * (size - 1), size
 
 
 def encode_box(anchor: Tensor, box: Tensor) -> Tensor:
-    """Deltas (..., 4) = dx, dy, dw, dh that take anchors (..., 4) to boxes (..., 4).
+    """Return the deltas (..., 4) dx, dy, dw, dh from anchors (..., 4) to boxes (..., 4).
 
     Girshick et al. 2014, "Rich feature hierarchies", appendix C.
     """
@@ -52,7 +51,7 @@ def encode_box(anchor: Tensor, box: Tensor) -> Tensor:
 
 
 def decode_box(anchor: Tensor, delta: Tensor) -> Tensor:
-    """Boxes (..., 4) at deltas (..., 4) from anchors (..., 4): `encode_box` undone, with dw and dh capped."""
+    """Return the boxes (..., 4) at deltas (..., 4) from anchors (..., 4), with dw and dh capped."""
     anchor_center, anchor_size = _center_and_size(anchor)
     center = delta[..., :2] * anchor_size + anchor_center
     size = delta[..., 2:].clamp(max=MAX_LOG_RATIO).exp() * anchor_size

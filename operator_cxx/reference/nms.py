@@ -1,6 +1,6 @@
 """Greedy non-maximum suppression per class, one image after another.
 
-Shapes: N images, M boxes of an image, D boxes kept at most. Boxes are xyxy in input pixels.
+Shapes: N images, M boxes per image, D = max_det. Boxes are xyxy in input pixels.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from operator_cxx.reference.box import inclusive_area, inclusive_iou
 
-_BLOCK = 256  # boxes decided at once; a (block, block) table of overlaps is held
+_BLOCK = 256  # boxes decided at once, with a (block, block) table of overlaps
 
 
 def nms(
     bbox: Tensor, score: Tensor, cls: Tensor, *, thr: float, max_det: int, min_score: float, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """`operator_cxx.nms.nms`; offset: 1 for inclusive corners, 0 for exclusive."""
+    """Return `operator_cxx.nms.nms`. offset: 1 for inclusive corners, 0 for exclusive."""
     kept = [_hard(*image, thr, max_det, min_score, offset) for image in zip(bbox, score, cls, strict=True)]
     return _padded(kept, score, max_det)
 
@@ -33,39 +33,39 @@ def soft_nms(
     min_score: float,
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """`operator_cxx.nms.soft_nms` with decay, what an IoU multiplies a score by."""
+    """Return `operator_cxx.nms.soft_nms`. decay: the factor of a score as a function of the IoU."""
     kept = [_soft(*image, decay, max_det, min_score, offset) for image in zip(bbox, score, cls, strict=True)]
     return _padded(kept, score, max_det)
 
 
 def linear_decay(thr: float) -> Callable[[Tensor], Tensor]:
-    """1 - IoU where the IoU is above thr."""
+    """Return the decay 1 - IoU where the IoU is above thr, else 1."""
     return lambda iou: torch.where(iou > thr, 1 - iou, 1)
 
 
 def gaussian_decay(sigma: float) -> Callable[[Tensor], Tensor]:
-    """exp(-IoU^2 / sigma), 1 where the IoU is NaN."""
+    """Return the decay exp(-IoU^2 / sigma), 1 where the IoU is NaN."""
     return lambda iou: torch.where(iou.isnan(), 1, torch.exp(-(iou * iou) / sigma))
 
 
 def _hard(
     bbox: Tensor, score: Tensor, cls: Tensor, thr: float, max_det: int, min_score: float, offset: int
 ) -> tuple[Tensor, Tensor]:
-    """Indices and scores of the boxes of one image that stay, best first."""
+    """Return indices and scores of the kept boxes of one image, best first."""
     candidate = (score > min_score).nonzero()[:, 0]
     order = candidate[torch.sort(score[candidate], descending=True, stable=True).indices]
     bbox, cls = bbox[order], cls[order]
     area = inclusive_area(bbox, offset)
 
     def suppress(i: Tensor, j: Tensor) -> Tensor:
-        """(len(i), len(j)) bool: would box i, if kept, remove box j?"""
+        """Return bool (len(i), len(j)): True if box i, once kept, suppresses box j."""
         iou = inclusive_iou(bbox[i][:, None], area[i][:, None], bbox[j], area[j], offset)
         return (iou > thr) & (cls[i][:, None] == cls[j])
 
     position = torch.arange(len(order), device=bbox.device)
     kept = position[:0]
     for block in position.split(_BLOCK):
-        if len(kept) >= max_det:  # the rest has lower scores
+        if len(kept) >= max_det:  # the others have lower scores
             break
         alive = ~suppress(kept, block).any(dim=0)
         kept = torch.cat([kept, block[_greedy(suppress(block, block).triu(1), alive)]])
@@ -74,13 +74,13 @@ def _hard(
 
 
 def _greedy(suppress: Tensor, alive: Tensor) -> Tensor:
-    """(B,) bool: the boxes kept of those alive, where suppress (B, B) holds True at [i, j] only for i < j.
+    """Return bool (B,): the kept ones of the boxes alive (B,), where suppress (B, B) is True at [i, j] only for i < j.
 
-    Repeats "a box stays if no box that stays removes it" until nothing changes. The first box is right after
-    one round and every round settles at least one more, so it ends at the one greedy answer, mostly after two
-    to five rounds.
+    Repeats the rule "a box is kept if no kept box suppresses it" until nothing changes. Every iteration decides at
+    least one more box for good, in the order of their scores, so it converges to the greedy result, usually after two
+    to five iterations.
     """
-    table = suppress.float()  # a product with a vector is the quickest "any" over columns
+    table = suppress.float()  # a product with a vector is the fastest "any" over columns
     keep = alive
     while True:
         settled = alive & (keep.float() @ table == 0)
@@ -98,7 +98,7 @@ def _soft(
     min_score: float,
     offset: int,
 ) -> tuple[Tensor, Tensor]:
-    """Indices and last scores of the boxes of one image that stay, best first."""
+    """Return indices and lowered scores of the kept boxes of one image, best first."""
     area = inclusive_area(bbox, offset)
     current = score.to(torch.promote_types(score.dtype, torch.float32))
     alive = current > min_score
@@ -118,10 +118,10 @@ def _soft(
 
 
 def _padded(kept: list[tuple[Tensor, Tensor]], score: Tensor, max_det: int) -> tuple[Tensor, Tensor]:
-    """Of every image: indices (N, D), -1 beyond the kept, and scores (N, D), 0 beyond."""
+    """Return indices (N, D), padded with -1, and scores (N, D), padded with 0, from those of every image."""
     index = torch.full((len(kept), max_det), -1, device=score.device)
     kept_score = score.new_zeros(len(kept), max_det)
-    for n, (its_index, its_score) in enumerate(kept):
-        index[n, : len(its_index)] = its_index
-        kept_score[n, : len(its_score)] = its_score
+    for n, (image_index, image_score) in enumerate(kept):
+        index[n, : len(image_index)] = image_index
+        kept_score[n, : len(image_score)] = image_score
     return index, kept_score

@@ -1,4 +1,4 @@
-"""From the head's outputs of one level to its best boxes, in plain torch.
+"""Decoding of one level: from the outputs of the head to the best boxes.
 
 Shapes: N images, A anchors per cell, C foreground classes, H x W cells, T = pre_nms_top_n boxes kept.
 Boxes are xyxy in input pixels with inclusive corners.
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from operator_cxx.reference.box import decode_box
 
 _LOW_BITS = 0xFFFFFFFF
-_GROUP = 64  # neighbours whose best probability stands for them
+_GROUP = 64  # neighbours that are represented by their maximum
 
 
 def retina_decode(
@@ -26,7 +26,7 @@ def retina_decode(
     thresh: float,
     num_anchors: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`operator_cxx.retina_decode.retina_decode` of checked arguments. Boxes have bbox_pred's type or float32."""
+    """Return `operator_cxx.retina_decode.retina_decode` for checked arguments."""
     N, channel, H, W = cls_prob.shape
     A, C, cells = num_anchors, channel // num_anchors, H * W
     dtype = torch.promote_types(bbox_pred.dtype, torch.float32)
@@ -48,10 +48,10 @@ def retina_decode(
 
 
 def _top(prob: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of the probabilities (N, P), none below 0, and their places: both (N, T'), T' <= count.
+    """Return the `count` largest of the probabilities (N, P), all at least 0, and their indices, both (N, T').
 
-    They fall, and of equal ones the lower place comes first. Any of the best T' values lies in one of the T' groups of
-    neighbours whose own best values come first in the same order, so only those groups are searched.
+    They are in descending order, equal ones by index; T' = min(count, P). The T' largest values lie in the T' groups of
+    neighbours whose maxima come first in the same order, so only those groups are sorted.
     """
     N, P = prob.shape
     groups = -(-P // _GROUP)
@@ -61,14 +61,14 @@ def _top(prob: Tensor, count: int) -> tuple[Tensor, Tensor]:
     value = group.gather(1, chosen[..., None].expand(-1, -1, _GROUP)).flatten(1)
     place = (chosen[..., None] * _GROUP + torch.arange(_GROUP, device=prob.device)).flatten(1)
     score, place = _ranked(value, place, count)
-    return score, place.clamp(max=P - 1)  # padding of the last group, with score 0
+    return score, place.clamp(max=P - 1)  # the last group is padded with score 0
 
 
 def _ranked(value: Tensor, place: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest of the float32 values (N, P) with their places, at most count, equal values by rising place.
+    """Return the `count` largest of the float32 values (N, P) and their places, equal values by rising place.
 
-    topk promises no order of equal values, so it is given unique keys: the bits of a float >= 0 sort like its value,
-    and the place fills the low half.
+    topk does not define the order of equal values, so it is given unique keys: the bit pattern of the value, which
+    rises with a value >= 0, in the upper half and the complement of the place in the lower half.
     """
     key = (value.view(torch.int32).long() << 32) + (_LOW_BITS - place)
     key = key.topk(min(count, key.shape[1])).values

@@ -1,4 +1,4 @@
-"""The operators' tests run on every implementation: take the fixture `device` and make the tensors there."""
+"""Fixture `device`, which runs a test on every implementation of the operators: create the tensors on it."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ except build.NoCompilerError:
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without a compiler there is only plain torch to test, where it is the fixture `device`."""
+    """Without a compiler, keep only the tests of plain torch."""
 
     def plain(item):
         return hasattr(item, "callspec") and item.callspec.params.get("device") == "reference"
@@ -36,8 +36,8 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def device(request, monkeypatch):
-    """The device to make tensors on, served by plain torch, by the CPU library, by the CUDA kernels emulated on the CPU
-    or, where there is a GPU, by the CUDA library."""
+    """Return the device for tensors, with operators of plain torch, of the CPU library, of the CUDA kernels emulated on
+    the CPU or, if there is a GPU, of the CUDA library."""
     if request.param == "reference":
         monkeypatch.setattr(library, "loaded", {})
     elif request.param == "emulated":
@@ -51,7 +51,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def emulated_kernels():
-    """The CUDA kernels, compiled as C++ against cuda_emulator/cuda_runtime.h; built once for sources and compiler."""
+    """Return the CUDA kernels compiled with cuda_emulator/cuda_runtime.h, built once per sources and compiler."""
     header = (EMULATOR / "cuda_runtime.h").read_bytes()
     stamp = hashlib.sha256(header + f"{build.source_hash()} {build.compiler()}".encode()).hexdigest()[:16]
     path = ROOT / "build" / f"emulated-{stamp}" / "necklace_emulated.so"

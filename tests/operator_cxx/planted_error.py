@@ -1,7 +1,7 @@
-"""Misuses a kernel on purpose: what sanitize.sh must find before it trusts its sanitizers.
+"""Misuse a kernel on purpose, so that sanitize.sh can check that the sanitizers report errors.
 
-read    arrays that are one cell shorter than the kernel is told
-race    two calls at once that add to one sum
+read    pass arrays that are one cell shorter than the size passed
+race    add to the same sum from two concurrent calls
 """
 
 import sys

@@ -16,7 +16,7 @@ ASSIGN = {"pos_thr": 0.5, "neg_thr": 0.4, "min_pos_thr": 0.0, "allowed_border": 
 
 
 def column(x1, x2, cls=None):
-    """A box of one row of pixels: IoUs are ratios of small whole numbers."""
+    """Return a box that is one pixel high, so that IoUs are ratios of small integers."""
     return [float(x1), 0.0, float(x2), 0.0] + ([] if cls is None else [float(cls)])
 
 
@@ -56,7 +56,7 @@ def test_of_several_boxes_that_force_an_anchor_the_last_gives_the_class(device):
 
 
 def test_at_pos_thr_the_anchors_own_best_box_decides_over_a_box_that_forces_it(device):
-    # Anchor 0..9: IoU 5/10 with class 3, 2/10 with class 5, for which it is the best there is.
+    # Anchor 0..9: IoU 5/10 with class 3, 2/10 with class 5, whose best anchor it is.
     label, delta = assign(device, [column(0, 4, 3), column(8, 9, 5)], [column(0, 9)])
     assert label == [3]
     torch.testing.assert_close(delta[0], torch.tensor([-0.25, 0.0, math.log(0.5), 0.0]))
@@ -72,7 +72,7 @@ def test_of_equal_best_boxes_the_first_gives_class_and_deltas(device):
     assert delta[0, 0] == pytest.approx((7.0 - 4.5) / 10)
 
 
-def test_a_forced_anchor_learns_the_place_of_its_own_best_box(device):
+def test_a_forced_anchor_has_the_deltas_to_its_own_best_box(device):
     # IoUs with 7: 7/10, 10/20, 6/24; with 8: 0, 0, 4/26. The third is the best for 8, but 7 is its own best.
     boxes = [column(0, 9, 7), column(20, 29, 8)]
     label, delta = assign(device, boxes, [column(0, 6), column(0, 19), column(4, 23)], pos_thr=0.6)
@@ -128,8 +128,8 @@ def test_padding_rows_overlap_nothing_and_images_do_not_mix(device):
 
 
 def test_anchors_far_apart_tie_for_a_box(device):
-    # Kernels take anchors in tiles: the second box has its best, 3/10, in anchors of three of them. The first has a
-    # better in one tile, 9/10, than the 3/10 in another.
+    # Kernels process anchors in tiles. The best IoU of the second box, 3/10, occurs in three of them. That of the first
+    # box is 9/10 in one tile and 3/10 in another.
     anchors = [column(90, 99)] * 1100
     anchors[3] = anchors[300] = anchors[1099] = column(40, 42)
     anchors[5], anchors[700] = column(0, 2), column(0, 8)
@@ -138,25 +138,25 @@ def test_anchors_far_apart_tie_for_a_box(device):
 
 
 def test_many_boxes(device):
-    # More boxes than kernels hold at a time, in turn with padding. Each forces its own anchor, at 9/9 to 4/9.
+    # More boxes than kernels load at a time, alternating with padding. Each forces its own anchor, at 9/9 to 4/9.
     boxes = [row for x in range(150) for row in (column(10 * x, 10 * x + 8, x % 80 + 1), PAD)]
     anchors = [column(10 * x, 10 * x + 8 - x // 25) for x in range(150)]
     assert assign(device, boxes, anchors, pos_thr=1.5)[0] == [x % 80 + 1 for x in range(150)]
-    # An anchor over all has IoU 9/1500 with each: the first is its best, the last forces.
+    # An anchor that covers all has IoU 9/1500 with each: the first is its best box, the last forces it.
     label, delta = assign(device, boxes, [column(0, 1499)])
     assert label == [149 % 80 + 1]
     torch.testing.assert_close(delta, torch.tensor([[(4 - 749.5) / 1500, 0.0, math.log(9 / 1500), 0.0]]))
 
 
 def test_nan(device):
-    # A box with NaN forces nothing; every anchor overlaps it by NaN, which is neither background nor foreground.
+    # A box with NaN forces nothing; its IoU with every anchor is NaN, which is neither background nor foreground.
     nan = [0.0, 0.0, math.nan, 0.0, 4.0]
     anchors = [column(0, 9), column(0, 2), column(50, 59)]
     assert assign(device, [nan], anchors)[0] == [-1, -1, -1]
     label, delta = assign(device, [column(0, 9, 7), nan], anchors)
     assert label == [7, -1, -1]  # forced by the first box
-    assert delta[0].tolist() == [0.0] * 4  # which was its best when NaN came
-    # An anchor with NaN spoils every box.
+    assert delta[0].tolist() == [0.0] * 4  # its best box before the NaN
+    # An anchor with NaN keeps every box from forcing.
     assert assign(device, [column(0, 9, 7)], [*anchors, column(0, math.nan)])[0] == [7, 0, 0, -1]
     assert assign(device, [column(0, 9, 7)], [*anchors[1:], column(0, math.nan)])[0] == [0, 0, -1]
     # A class that is NaN is padding, and an image whose size is NaN has no anchors.
@@ -164,16 +164,16 @@ def test_nan(device):
     assert assign(device, [column(0, 9, 7)], anchors, im_info=(math.nan, 100.0, 1.0))[0] == [-1, -1, -1]
 
 
-def test_boxes_turned_inside_out_overlap_by_nan_where_the_areas_cancel(device):
-    # Areas 10 and (-2) * 5 = -10: 0/0, though they do not meet; with the anchor 0..8 it is 0/-1.
+def test_inverted_boxes_have_a_nan_iou_where_the_areas_cancel(device):
+    # Areas 10 and (-2) * 5 = -10: 0/0, although they are apart; with the anchor 0..8 it is 0/-1.
     turned = [20.0, 30.0, 17.0, 34.0]
     assert assign(device, [[*turned, 7.0]], [column(0, 9), column(0, 8)])[0] == [-1, 0]
     assert assign(device, [column(0, 9, 7)], [turned])[0] == [-1]
 
 
 def test_infinite_sides(device):
-    # All of the plane against ten pixels: 10/inf. Boxes without a left end against each other: inf/inf and, where they
-    # do not meet, (inf * 0)/inf.
+    # The whole plane with ten pixels: 10/inf. Two boxes that extend infinitely to the left: inf/inf or, if they are
+    # apart, (inf * 0)/inf.
     assert assign(device, [[-math.inf, -math.inf, math.inf, math.inf, 7.0]], [column(0, 9)])[0] == [0]
     endless = [[-math.inf, 0.0, 9.0, 9.0, 7.0]]
     assert assign(device, endless, [[-math.inf, 0.0, 9.0, 9.0]], allowed_border=math.inf)[0] == [-1]
@@ -183,7 +183,7 @@ def test_infinite_sides(device):
 
 
 def test_without_any_overlap_the_first_box_is_the_best(device):
-    # At pos_thr 0 that shows. The anchor 0..9 has its centre 50 left of the box's, which is as wide.
+    # This shows at pos_thr 0. The anchor 0..9 has its centre 50 left of the box's, which is as wide.
     label, delta = assign(device, [PAD, column(50, 59, 7), column(70, 79, 8)], [column(0, 9)], pos_thr=0.0)
     assert label == [7]
     assert delta.tolist() == [[5.0, 0.0, 0.0, 0.0]]
@@ -197,7 +197,7 @@ def test_nothing_to_do(device):
 
 
 def slow_assign(box, anchors, info, pos_thr, neg_thr, min_pos_thr, border):
-    """The rules anchor by anchor and box by box, in Python floats."""
+    """Apply the rules anchor by anchor and box by box, in Python floats."""
 
     def overlap(a, b):
         w = min(a[2], b[2]) - max(a[0], b[0]) + 1
@@ -248,7 +248,7 @@ def test_against_the_rules_taken_one_by_one(device, seed, dtype):
 
 
 def example(device, N=3, G=9, K=700, seed=0):
-    """Boxes among padding, image sizes and anchors, of many sizes and without an order."""
+    """Return boxes with padding, image sizes, and unordered anchors of many sizes."""
     random = torch.Generator().manual_seed(seed)
 
     def boxes(count):
@@ -297,7 +297,7 @@ THRESHOLD = st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0, math.nan])
 )
 def test_a_search_for_disagreement_with_the_reference(device, box, anchors, far, size, thresholds, border):
     gt_bbox = torch.tensor([[*xyxy, cls] for xyxy, cls in box], device=device).reshape(1, -1, 5)
-    between = [(100.0, 100.0, 109.0, 109.0)] * far  # the first anchors and the last are in different tiles
+    between = [(100.0, 100.0, 109.0, 109.0)] * far  # puts the first and the last anchors in different tiles
     assert_as_reference(
         gt_bbox,
         torch.tensor([[*size, 1.0]], device=device),
@@ -352,7 +352,7 @@ def test_from_many_threads_at_once(device):
 
 @pytest.mark.parametrize("device", KERNELS, indirect=True)
 def test_scratch_memory_is_small(device):
-    # At 1280 x 1280 with 100 boxes the table of all overlaps would be 123 MB.
+    # At 1280 x 1280 with 100 boxes the table of all IoUs would be 123 MB.
     kernels = library.loaded[device.type]
     anchors = torch.empty(0, device=device)
     assert 0 < kernels.workspace("anchor_target", anchors, 1, 100, 306900).nbytes < 2e6
@@ -391,7 +391,7 @@ def test_wrong_shapes_are_named(gt_bbox, im_info, anchors, message):
         pyramid_anchor_target(torch.ones(gt_bbox), torch.ones(im_info), torch.ones(anchors), **ASSIGN)
 
 
-def test_anchors_of_whole_numbers_or_on_another_device_are_refused():
+def test_integer_anchors_or_anchors_on_another_device_are_refused():
     boxes = torch.ones(1, 1, 5), torch.ones(1, 3)
     with pytest.raises(ValueError, match=r"expected anchors of a floating-point type, got torch\.int64"):
         pyramid_anchor_target(*boxes, torch.ones(2, 4, dtype=torch.int64), **ASSIGN)

@@ -1,4 +1,4 @@
-"""The kernel that NumPy's binding calls, at the C interface; plain torch's answer where there are no kernels."""
+"""The kernel of box overlaps, called through the C interface, and its reference in plain torch."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +19,13 @@ def reference(box, other):
 
 
 def overlaps(box, other):
-    """(M, G) IoUs of boxes (M, 4) with boxes (G, 4)."""
+    """Return the IoUs (M, G) of boxes (M, 4) with boxes (G, 4)."""
     if not library.serves(box):
         return reference(box, other)
     M, G = len(box), len(other)
     iou = box.new_full((M * G + 1,), -7.0)
     library.loaded[box.device.type].run("bbox_overlaps", box, box, other, library.DTYPES[box.dtype], M, G, iou)
-    assert iou[-1] == -7  # it writes no further
+    assert iou[-1] == -7  # nothing is written beyond the result
     return iou[:-1].reshape(M, G)
 
 
@@ -39,7 +39,7 @@ def boxes(count, seed=0, dtype=torch.float32):
 def test_by_hand(device, dtype):
     box = torch.tensor([[0, 0, 9, 9], [5, 5, 5, 5]], dtype=dtype, device=device)
     other = torch.tensor([[0, 0, 9, 9], [0, 0, 4, 9], [9, 9, 18, 18], [10, 0, 19, 9], [5, 5, 6, 5]], dtype=dtype)
-    # Inclusive: boxes that share the pixel 9, 9 meet, 0..9 and 10..19 do not.
+    # Inclusive: boxes that share the pixel (9, 9) overlap, 0..9 and 10..19 do not.
     expected = [[1, 50 / 100, 1 / 199, 0, 2 / 100], [1 / 100, 0, 0, 0, 1 / 2]]
     assert torch.equal(overlaps(box, other.to(device)).cpu(), torch.tensor(expected, dtype=dtype))
 
@@ -47,7 +47,7 @@ def test_by_hand(device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("M, G", [(1, 1), (300, 1), (257, 7), (1, 300), (256, 8), (300, 259), (5, 600)])
 def test_against_the_definition(device, dtype, M, G):
-    # The side that is laid out in columns changes at 8; tiles are of 256.
+    # The side that is stored as columns changes at G = 8; tiles have 256 boxes.
     box, other = boxes(M, 1, dtype), boxes(G, 2, dtype)
     iou = overlaps(box.to(device), other.to(device)).cpu()
     pairs = [(0, 0), (M - 1, G - 1), (M // 2, G // 3), (0, G - 1), (M - 1, 0)]

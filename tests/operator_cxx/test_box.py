@@ -42,7 +42,7 @@ def compiled_box(request, tmp_path_factory):
     """box.h, compiled as the kernels are for this processor and for any."""
     folder = tmp_path_factory.mktemp("box")
     (folder / "box.cc").write_text(SOURCE)
-    flags = [*build.CXX_FLAGS, f"-march={request.param}", f"-I{build.HERE}", "-shared"]
+    flags = [*build.CXX_FLAGS, f"-march={request.param}", *build.include_flags(), "-shared"]
     subprocess.run(
         [*build.compiler(), *flags, str(folder / "box.cc"), "-o", str(folder / "box.so")],
         check=True,

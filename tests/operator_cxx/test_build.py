@@ -22,12 +22,9 @@ def plain_environment(monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch, tmp_path):
-    """A copy of the sources of which only error.cc is compiled; its libraries go to `built` there."""
+    """Copy the sources; builds there compile only error.cc, into the copy's folder `built`."""
     folder = tmp_path / "operator_cxx"
-    folder.mkdir()
-    for path in build.HERE.iterdir():
-        if path.suffix in (".h", ".cc", ".cu", ".cuh", ".pyx", ".py"):
-            shutil.copy(path, folder)
+    shutil.copytree(build.HERE, folder, ignore=shutil.ignore_patterns("built", "*.so", "__pycache__"))
     monkeypatch.setattr(build, "HERE", folder)
     monkeypatch.setattr(build, "BUILT", folder / "built")
     monkeypatch.setattr(build, "STEMS", ("error",))
@@ -36,7 +33,7 @@ def small(monkeypatch, tmp_path):
 
 @pytest.fixture
 def only_program(monkeypatch, tmp_path):
-    """Makes a folder the whole PATH, and programs of given shell scripts in it."""
+    """Return a function that creates programs from shell scripts, in a folder that is the whole PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     compiler = build.compiler()
@@ -48,7 +45,7 @@ def only_program(monkeypatch, tmp_path):
             program = folder / name.replace("_", "-")
             program.write_text(f"#!/bin/sh\nPATH={compiler_folder}:/usr/bin:/bin\n{script}\n")
             program.chmod(0o755)
-        # the compiler calls the assembler by PATH, so it gets a wrapper that knows where that is
+        # the compiler finds the assembler on PATH, so it is called through a wrapper that sets it
         wrapper = folder / "the-compiler"
         wrapper.write_text(f'#!/bin/sh\nPATH={compiler_folder}:/usr/bin:/bin exec {" ".join(compiler)} "$@"\n')
         wrapper.chmod(0o755)
@@ -65,7 +62,7 @@ for word in "$@"; do [ "$last" = -o ] && echo "$*" > "$word"; last=$word; done
 """
 
 
-def test_a_library_says_what_it_is(small):
+def test_build_info_of_a_library(small):
     out = small / "built" / "necklace_cpu.so"
     assert build.build_cpu(out) is True
     library = ctypes.CDLL(str(out))
@@ -79,21 +76,31 @@ def test_a_library_says_what_it_is(small):
     build.require_usable(info, "what was built here")
 
 
-def test_what_is_up_to_date_stays(small, monkeypatch):
+def test_an_up_to_date_library_is_not_rebuilt(small, monkeypatch):
     out = small / "built" / "necklace_cpu.so"
     assert build.build_cpu(out) is True
     before, inode = out.stat().st_mtime_ns, out.stat().st_ino
     assert build.build_cpu(out) is False
     assert out.stat().st_mtime_ns == before
     assert build.build_cpu(out, ["-g"]) is True  # other flags
-    assert out.stat().st_ino != inode  # programs that run keep the file that they have
+    assert out.stat().st_ino != inode  # running programs keep their file
     monkeypatch.setenv("NECKLACE_MARCH", PORTABLE)
     assert build.build_cpu(out, ["-g"]) is True  # another processor
-    with (small / "common.h").open("a") as header:
+    with (small / "include" / "common.h").open("a") as header:
         header.write("// changed\n")
     assert build.build_cpu(out, ["-g"]) is True  # other sources
     assert build.build_cpu(out, ["-g"]) is False
     assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def test_every_source_is_hashed(small):
+    sources = [path for path in small.rglob("*") if path.suffix in (".h", ".cuh", ".cc", ".cu", ".pyx")]
+    kernels = [path for path in sources if "mxnet_ops" not in path.parts]  # which has a hash of its own
+    assert len(kernels) > 25
+    for path in [*kernels, small / "build.py"]:
+        before = build.source_hash()
+        path.write_bytes(path.read_bytes() + b"\n")
+        assert build.source_hash() != before, path
 
 
 def test_for_any_processor(small, monkeypatch):
@@ -117,7 +124,7 @@ def test_features_are_those_of_the_flags(small):
 @pytest.mark.parametrize(
     "info, message",
     [
-        ({}, "it was built from other sources: build it again, make ops"),
+        ({}, "it was built from other sources: rebuild it with make ops"),
         ({"sources": "0123456789abcdef"}, "it was built from other sources"),
         (
             {"sources": None, "features": ["fpu", "no_such"]},
@@ -125,7 +132,7 @@ def test_features_are_those_of_the_flags(small):
         ),
     ],
 )
-def test_what_cannot_be_used(monkeypatch, tmp_path, info, message):
+def test_unusable_libraries_are_refused(monkeypatch, tmp_path, info, message):
     monkeypatch.setattr(build, "_processor_features", lambda wanted: set(wanted) - {"no_such"})
     if "sources" in info:
         info = {**info, "sources": info["sources"] or build.source_hash()}
@@ -142,17 +149,17 @@ def test_processor_features_are_read(monkeypatch):
 
 
 def test_compiler_error_is_shown(small):
-    (small / "error.cc").write_text("int broken() { return undeclared; }\n")
+    (small / "kernels" / "cpu" / "error.cc").write_text("int broken() { return undeclared; }\n")
     with pytest.raises(build.BuildError, match=r"(?s)-c .*error\.cc.*undeclared"):
         build.build_cpu(small / "built" / "necklace_cpu.so")
     assert list((small / "built").iterdir()) == []
 
 
-def test_compiler_that_is_not_there(monkeypatch, tmp_path):
+def test_missing_compilers(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     with pytest.raises(build.BuildError, match=r"CXX=no-such-compiler -O2: expected .* no no-such-compiler") as raised:
         build.compiler()
-    assert not isinstance(raised.value, build.NoCompilerError)  # a wish that cannot be met is no case to go on
+    assert not isinstance(raised.value, build.NoCompilerError)  # an invalid setting must not be ignored
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(build.NoCompilerError, match=r"install one .* or set CXX"):
@@ -177,12 +184,12 @@ def test_arch_flags():
 
 
 @pytest.mark.parametrize("archs", ["7.5", "sm_75", "75;80", "75,", "PTX", "+PTX", "75+ptx", "native"])
-def test_archs_that_are_none(archs):
+def test_invalid_archs(archs):
     with pytest.raises(build.BuildError, match=r'expected compute capabilities as in "75,80,90\+PTX", got "'):
         build.arch_flags(archs)
 
 
-def test_gpus_are_asked_for(only_program):
+def test_gpu_archs_are_queried(only_program):
     only_program()
     assert build.gpu_archs() == ""
     only_program(nvidia_smi="echo 9.0; echo 10.0; echo 8.6; echo 9.0")
@@ -200,7 +207,7 @@ def test_without_gpus_only_the_cpu_library_is_built(small, only_program):
 def test_gpus_get_a_library(small, only_program, monkeypatch):
     only_program(nvcc=FAKE_NVCC, nvidia_smi="echo 9.0")
     assert list(build.build_all())[1:] == ["operator_cxx/built/necklace_cuda.so: built"]
-    arguments = build.library_path("cuda").read_text()  # the fake writes what it was called with
+    arguments = build.library_path("cuda").read_text()  # the fake compiler writes its arguments
     assert "-fmad=false" in arguments
     assert "-gencode=arch=compute_90,code=sm_90 " in arguments
     monkeypatch.setenv("NECKLACE_CUDA_ARCHS", "75,80+PTX")
@@ -215,19 +222,19 @@ def test_gpus_get_a_library(small, only_program, monkeypatch):
 def test_gpus_without_nvcc(small, only_program, monkeypatch):
     only_program(nvidia_smi="echo 9.0")
     said = list(build.build_all())
-    assert said[1].startswith("operators for GPUs not built, plain torch serves there: no CUDA compiler")
+    assert said[1].startswith("operators for GPUs not built, plain torch is used there: no CUDA compiler")
     monkeypatch.setenv("NECKLACE_CUDA", "1")
-    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 does without"):
+    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 builds without"):
         list(build.build_all())
     monkeypatch.delenv("NECKLACE_CUDA")
     monkeypatch.setenv("NECKLACE_CUDA_ARCHS", "90")
-    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 does without"):
+    with pytest.raises(build.BuildError, match=r"(?s)no CUDA compiler.*NECKLACE_CUDA=0 builds without"):
         list(build.build_all())
 
 
-def test_a_failing_cuda_build_names_the_way_out(small, only_program, monkeypatch):
+def test_a_failing_cuda_build_names_the_remedy(small, only_program, monkeypatch):
     only_program(nvcc="echo nvcc is broken; exit 1", nvidia_smi="echo 9.0")
-    with pytest.raises(build.BuildError, match=r"(?s)nvcc is broken.*NECKLACE_CUDA=0 does without"):
+    with pytest.raises(build.BuildError, match=r"(?s)nvcc is broken.*NECKLACE_CUDA=0 builds without"):
         list(build.build_all())
     monkeypatch.setenv("NECKLACE_CUDA", "maybe")
     with pytest.raises(build.BuildError, match="NECKLACE_CUDA: expected 0, 1 or nothing, got 'maybe'"):
@@ -237,7 +244,7 @@ def test_a_failing_cuda_build_names_the_way_out(small, only_program, monkeypatch
 def test_cuda_for_no_gpu(small, only_program, monkeypatch):
     only_program(nvcc=FAKE_NVCC)
     monkeypatch.setenv("NECKLACE_CUDA", "1")
-    with pytest.raises(build.BuildError, match="no GPU to build for: say which, for example NECKLACE_CUDA_ARCHS=75"):
+    with pytest.raises(build.BuildError, match="no GPU to build for: set for example NECKLACE_CUDA_ARCHS=75"):
         list(build.build_all())
 
 
@@ -260,7 +267,7 @@ def test_programs_say_that_there_is_no_compiler(tmp_path, command):
     assert "there is no no-such-compiler" in done.stderr
 
 
-def test_the_program_builds_where_it_is_told(tmp_path):
+def test_options_of_the_program(tmp_path):
     done = run(["operator_cxx/build.py", "cuda", "--archs", "x", "--out", str(tmp_path / "x.so")], NVCC=sys.executable)
     assert done.returncode == 1
     assert 'got "x"' in done.stderr
@@ -274,7 +281,7 @@ def test_installing_compiles_nothing(tmp_path):
     assert (tmp_path / "necklace.egg-info" / "PKG-INFO").exists()
 
 
-def test_without_cython_the_kernels_are_built_all_the_same(tmp_path):
+def test_without_cython_the_kernels_are_built(tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(
@@ -297,10 +304,10 @@ def test_without_cython_the_kernels_are_built_all_the_same(tmp_path):
 
 @pytest.mark.parametrize("stem", build.STEMS)
 def test_sources_compile_without_a_warning(stem):
-    source = build.HERE / f"{stem}.cc"
-    build.run([*build.compiler(), *build.CXX_FLAGS, "-Werror", "-fsyntax-only", str(source)])
+    source = build.HERE / "kernels" / "cpu" / f"{stem}.cc"
+    build.run([*build.compiler(), *build.CXX_FLAGS, *build.include_flags(), "-Werror", "-fsyntax-only", str(source)])
 
 
 def test_the_interface_is_c():
     strict = ["-x", "c", "-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
-    build.run([*build.compiler(), *strict, "-fsyntax-only", str(build.HERE / "necklace.h")])
+    build.run([*build.compiler(), *strict, "-fsyntax-only", str(build.HERE / "include" / "necklace.h")])

@@ -1,4 +1,4 @@
-"""The emulation of CUDA can fail: kernels that a GPU would get wrong are wrong there too."""
+"""The CUDA emulator detects errors: kernels that are wrong on a GPU are wrong there too."""
 
 import ctypes
 import subprocess
@@ -53,10 +53,10 @@ NK_EXPORT int run_add(unsigned long long* sum, int blocks, int threads) {
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulator")
     (folder / "kernels.cu").write_text(KERNELS)
-    include = [f"-I{EMULATOR}", f"-I{build.HERE}", "-U_FORTIFY_SOURCE"]
+    include = [f"-I{EMULATOR}", *build.include_flags(), "-U_FORTIFY_SOURCE"]
     command = [
         *build.compiler(),
-        "-std=c++17",
+        "-std=c++20",
         "-O1",
         "-fPIC",
         "-shared",
@@ -96,6 +96,6 @@ def test_every_thread_of_every_block_runs_once(library):
     assert total.value == sum(range(7 * 96))
 
 
-def test_a_launch_that_no_gpu_takes_fails(library):
+def test_an_invalid_launch_configuration_fails(library):
     assert library.run_add(ctypes.byref(ctypes.c_ulonglong(0)), 1, 2048) == 9
     assert library.run_add(ctypes.byref(ctypes.c_ulonglong(0)), 0, 32) == 9

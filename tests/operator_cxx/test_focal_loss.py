@@ -19,7 +19,7 @@ kernels_only = pytest.mark.parametrize("device", COMPILED, indirect=True)
 
 
 def slow_term(x, is_positive, alpha, gamma):
-    """The loss of a logit and its derivative in Python floats, without cancellation at any x."""
+    """Return the loss of a logit and its derivative in Python floats, without cancellation at any x."""
     z = -x if is_positive else x
     e = math.exp(-abs(z))
     s, other = (e / (1 + e), 1 / (1 + e)) if z < 0 else (1 / (1 + e), e / (1 + e))
@@ -30,7 +30,7 @@ def slow_term(x, is_positive, alpha, gamma):
 
 
 def slow_focal_loss(logit, label, alpha, gamma):
-    """The sum over all pairs by the definition, one by one in Python floats."""
+    """Return the sum over all pairs by the definition, in Python floats."""
     total = 0.0
     for row, cls in zip(logit.reshape(-1, logit.shape[-1]).tolist(), label.flatten().tolist(), strict=True):
         for c, x in enumerate(row, start=1):
@@ -52,7 +52,7 @@ def test_loss_of_the_original(case, device):
 
 def test_by_hand(device):
     # p = 0.5 everywhere. Anchor 1 (class 2): 0.75 * 0.25 ln2 + 0.25 * 0.25 ln2; anchor 2 (background):
-    # 2 * 0.75 * 0.25 ln2; anchor 3 (ignored): 0. One foreground anchor, so the divisor is 2.
+    # 2 * 0.75 * 0.25 ln2; anchor 3 (ignored): 0. One foreground anchor: the normalizer is 2.
     label = torch.tensor([[2.0, 0.0, -1.0]], device=device)
     logit = torch.zeros(1, 3, 2, device=device)
     expected = (0.25 + 0.375) * math.log(2) / 2
@@ -62,7 +62,7 @@ def test_by_hand(device):
 
 
 def test_order_of_the_anchors_of_a_level(device):
-    # Map (1, A=2 * C=2, H=1, W=2); cell and channel in each logit, so that a wrong order is a wrong gradient.
+    # Map (1, A=2 * C=2, H=1, W=2); all logits differ, so that a wrong order gives a wrong gradient.
     logit = torch.tensor([[[[-1.0, -2.0]], [[-3.0, -4.0]], [[-5.0, -6.0]], [[-7.0, -8.0]]]], device=device)
     label = torch.tensor([[1, 0, 0, 2]], device=device)  # anchor 0: cells 0, 1; anchor 1: cells 0, 1
     loss = lambda x: focal_loss_levels([x], label, num_class=2, alpha=0.25, gamma=2.0)  # noqa: E731
@@ -93,8 +93,8 @@ def test_every_term_is_exact_to_a_millionth_of_itself(gamma, is_positive, device
 
     _, (grad,) = value_and_gradient(loss, x[None, :, None].to(device))
     terms = torch.stack([loss(value.to(device).reshape(1, 1, 1)) for value in x])
-    tiny = 1.2e-38  # what float32 cannot hold in full precision
-    # Plain torch rounds the exponent of a power, and so do kernels for processors without fused products and sums.
+    tiny = 1.2e-38  # smaller values have reduced precision in float32
+    # Plain torch rounds the exponent of a power, as do kernels for processors without fused multiply-add.
     kernels = library.loaded.get(device.type)
     fused = kernels and (device.type == "cuda" or "fma" in kernels.info.get("features", ()))
     rel = 2e-5 if not kernels else 1e-6 if fused or gamma == 2 else 3e-6
@@ -116,7 +116,7 @@ def test_gradient(gamma, device):
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("size", [20.0, 100.0, 1e4, 1e30])
 def test_huge_logits(gamma, size, device):
-    # Two sure and right pairs cost nothing; two sure and wrong ones cost |logit| times their weight.
+    # Two confident correct pairs have loss 0; two confident wrong ones |logit| times their weight.
     logit = torch.tensor([[[size, -size], [-size, size]]], requires_grad=True, device=device)
     label = torch.tensor([[1.0, 1.0]], device=device)
     loss = focal_loss(logit, label, alpha=0.25, gamma=gamma)
@@ -128,7 +128,7 @@ def test_huge_logits(gamma, size, device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
-def test_an_infinite_logit_costs_nothing_where_it_is_right(gamma, dtype, device):
+def test_an_infinite_logit_has_loss_zero_where_it_is_right(gamma, dtype, device):
     logit = torch.tensor([[[math.inf, -math.inf]]], dtype=dtype, device=device)
     label = torch.tensor([[1]], device=device)
     value, (grad,) = value_and_gradient(lambda x: focal_loss(x, label, alpha=0.25, gamma=gamma), logit)
@@ -166,7 +166,7 @@ def test_an_ignored_anchor_adds_nothing_whatever_its_logits_are(worst, gamma, dt
 @pytest.mark.parametrize("gamma", [0.5, 2.0])
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 @pytest.mark.parametrize("at", [0, 1, 2])
-def test_nan_elsewhere_is_told(at, alpha, gamma, dtype, device):
+def test_nan_elsewhere_propagates(at, alpha, gamma, dtype, device):
     logit = torch.zeros(1, 20, 3, dtype=dtype, device=device)
     logit[0, 7, at] = math.nan
     label = torch.full((1, 20), 2, device=device)
@@ -212,7 +212,7 @@ def test_half_precision_is_computed_in_float32(dtype, device):
 
 
 def test_a_loss_scaler_saves_the_gradient_of_float16(device):
-    # 0.75 p^2 (...) / 1000 is below 2^-25, half of the least float16, until the factor lifts it.
+    # 0.75 p^2 (...) / 1000 is below 2^-25, half of the smallest float16, before the loss scale is applied.
     logit = torch.full((1, 1, 1), -4.0, dtype=torch.float16, device=device)
     label, count = torch.zeros(1, 1, device=device), torch.tensor(1000.0, device=device)
     loss = lambda x: 65536 * focal_loss(x, label, alpha=0.25, gamma=2.0, normalizer=count)  # noqa: E731
@@ -221,7 +221,7 @@ def test_a_loss_scaler_saves_the_gradient_of_float16(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_factor_from_above(dtype, device):
+def test_the_gradient_of_the_loss_scales_that_of_the_logits(dtype, device):
     logit, label = sample(2, 30, 4, dtype=dtype)
     logit, label = logit.to(device), label.to(device)
     _, (one,) = value_and_gradient(lambda x: focal_loss(x, label, alpha=0.25, gamma=2.0), logit)

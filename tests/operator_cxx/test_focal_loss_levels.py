@@ -27,7 +27,7 @@ LAYOUTS = {
     "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
 }
 
-DENSE = ["contiguous", "channels last", "flat", "flat, channels last"]  # gradients have the same
+DENSE = ["contiguous", "channels last", "flat", "flat, channels last"]  # the gradients keep these layouts
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -85,7 +85,7 @@ def test_rows_longer_than_a_block(C, device, monkeypatch):
 
 
 def run_kernel(logit, grad, label):
-    """The sum over (N, A, C, P), not divided, whose gradient goes to `grad`."""
+    """Return the sum over (N, A, C, P) without a normalizer, and write its gradient to `grad`."""
     kernels, (N, A, C, P) = library.loaded[logit.device.type], logit.shape
     loss = torch.zeros((), dtype=torch.float64, device=logit.device)
     scale = torch.ones(N, dtype=torch.float64, device=logit.device)
@@ -99,7 +99,7 @@ def run_kernel(logit, grad, label):
 @kernels_only
 @pytest.mark.parametrize("strides", [(2**31 + 8, 3, 1), (3, 2**31 + 8, 1), (2, 1, 2**31 + 8)])
 def test_strides_beyond_32_bits(strides, device):
-    # Some 4 GiB of address space, of which a few pages are touched.
+    # About 4 GiB of address space, of which a few pages are touched.
     logit, label = sample(2, 2, 2, dtype=torch.bfloat16)
     logit, label = logit.to(device).unsqueeze(1), label.float().to(device)  # (N, A = 1, C, P)
 
@@ -183,7 +183,7 @@ def test_memory_is_that_of_the_gradient(device):
 
 
 def memory_events(profile):
-    """Every allocation and release that the profiler saw."""
+    """Return all allocations and releases that the profiler recorded."""
     return [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from operator_cxx import build, library
 
-HEADER = (build.HERE / "necklace.h").read_text()
+HEADER = (build.HERE / "include" / "necklace.h").read_text()
 ROOT = Path(__file__).parents[2]
 
 
@@ -22,7 +22,7 @@ def plain_environment(monkeypatch):
 
 @pytest.fixture
 def stub(tmp_path):
-    """Makes a library of the functions of necklace.h that only answer `status`, with a doctored nk_build_info."""
+    """Return a function that builds a library whose functions return `status`, with the given nk_build_info."""
 
     def make(name="necklace_cpu.so", *, status=0, without="nothing", **info):
         about = {"sources": build.source_hash(), "target": "a test", "features": [], **info}
@@ -33,7 +33,7 @@ def stub(tmp_path):
                 lines.append(f"{declaration} {{ return {answers.get(function, status)}; }}")
         source = tmp_path / f"{name}.cc"
         source.write_text("\n".join(lines))
-        command = [*build.compiler(), "-std=c++17", "-fPIC", "-shared", f"-I{build.HERE}", str(source)]
+        command = [*build.compiler(), "-std=c++20", "-fPIC", "-shared", *build.include_flags(), str(source)]
         subprocess.run([*command, f"-Wl,-soname,{name}", "-o", str(tmp_path / name)], check=True)
         return tmp_path / name
 
@@ -77,7 +77,7 @@ def test_the_library_of_these_sources_loads(stub):
 
 
 def test_stale_library(stub):
-    with pytest.raises(ValueError, match=r"necklace_cpu\.so was built from other sources: build it again, make ops"):
+    with pytest.raises(ValueError, match=r"necklace_cpu\.so was built from other sources: rebuild it with make ops"):
         library.Kernels(stub(sources="0123456789abcdef"))
 
 
@@ -90,7 +90,7 @@ def test_library_for_another_processor(stub, monkeypatch):
 
 
 def test_library_without_a_function(stub):
-    with pytest.raises(ValueError, match=r"necklace_cpu\.so has no nk_nms_workspace: build it again, make ops"):
+    with pytest.raises(ValueError, match=r"necklace_cpu\.so has no nk_nms_workspace: rebuild it with make ops"):
         library.Kernels(stub(without="nk_nms_workspace"))
 
 
@@ -116,7 +116,7 @@ def test_arguments_reach_the_kernel():
 
 
 def load(monkeypatch, folder, **environment):
-    """What library.py finds at import where libraries are in `folder`."""
+    """Return what library.py loads at import if the libraries are in `folder`."""
     monkeypatch.setattr(library, "library_path", lambda kind: folder / f"necklace_{kind}.so")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -136,19 +136,19 @@ def test_kernels_of_another_library(stub, monkeypatch, tmp_path):
     assert found["cpu"].info["target"] == "elsewhere"
     assert notes[0] == "operators: compiled for cpu (elsewhere)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert set(load(monkeypatch, Path("/"))[0]) == {"cpu"}  # it is none for GPUs
+    assert set(load(monkeypatch, Path("/"))[0]) == {"cpu"}  # the variable names a CPU library
 
 
-def test_without_kernels_torch_serves(stub, monkeypatch, tmp_path):
+def test_without_kernels_plain_torch_is_used(stub, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     slower = "operators: plain torch on cpu, slower: "
     assert load(monkeypatch, tmp_path) == ({}, [f"{slower}necklace_cpu.so is not built (make ops builds it)"])
     path = stub(sources="stale")
     assert load(monkeypatch, tmp_path) == (
         {},
-        [f"{slower}{path} was built from other sources: build it again, make ops"],
+        [f"{slower}{path} was built from other sources: rebuild it with make ops"],
     )
-    path.write_bytes(b'{"sources": "%s"}\0' % build.source_hash().encode())  # says the right thing, but is no library
+    path.write_bytes(b'{"sources": "%s"}\0' % build.source_hash().encode())  # the right hash, but not a library
     found, (note,) = load(monkeypatch, tmp_path)
     assert found == {}
     assert note.startswith(f"{slower}{path}: ")
@@ -180,10 +180,10 @@ def test_gpu_without_its_kernels(stub, monkeypatch, tmp_path):
     assert notes[1] == "operators: compiled for cuda (90)"
     found, notes = load(monkeypatch, tmp_path, NECKLACE_CUDA="0", NECKLACE_OPS="compiled")
     assert set(found) == {"cpu"}
-    assert notes[1] == "operators: plain torch on cuda, as NECKLACE_CUDA=0 asks"
+    assert notes[1] == "operators: plain torch on cuda, because NECKLACE_CUDA=0"
 
 
-def test_unknown_wish(monkeypatch, tmp_path):
+def test_unknown_setting(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="NECKLACE_OPS: expected reference, compiled or nothing, got 'fast'"):
         load(monkeypatch, tmp_path, NECKLACE_OPS="fast")
 
@@ -198,8 +198,8 @@ print(sorted(library.loaded), smooth_l1_loss([one], one * 3, one, beta=1.0).item
 
 
 def test_the_environment_decides_at_import(tmp_path):
-    def run(wish):
-        environment = os.environ | {"NECKLACE_OPS": wish, "NECKLACE_CUDA": "0"}
+    def run(setting):
+        environment = os.environ | {"NECKLACE_OPS": setting, "NECKLACE_CUDA": "0"}
         return subprocess.run(
             [sys.executable, "-c", PROGRAM], cwd=ROOT, env=environment, capture_output=True, text=True
         )
@@ -209,15 +209,15 @@ def test_the_environment_decides_at_import(tmp_path):
     assert "expected reference, compiled or nothing, got 'yes'" in run("yes").stderr
 
 
-def test_numpy_hears_of_a_kernel_that_fails(stub):
-    # The extension's own folder comes after LD_LIBRARY_PATH.
+def test_a_failing_kernel_raises_in_numpy(stub):
+    # LD_LIBRARY_PATH is searched before the extension's own folder.
     program = "from operator_cxx import numpy_ops; numpy_ops.bbox_overlaps([[0, 0, 1, 1]], [[0, 0, 1, 1]])"
     environment = os.environ | {"LD_LIBRARY_PATH": str(stub(status=7).parent)}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert "RuntimeError: bbox_overlaps: the kernel failed: a planted error (7)" in done.stderr
 
 
-def test_a_tracer_sees_which_kernels_serve(monkeypatch):
+def test_serves_can_be_traced(monkeypatch):
     @torch.compile(fullgraph=True, backend="eager")
     def served(x):
         return x + 1 if library.serves(x, torch.float32, torch.float16) else x - 1
@@ -229,7 +229,7 @@ def test_a_tracer_sees_which_kernels_serve(monkeypatch):
     assert served(torch.zeros(2)).tolist() == [-1, -1]
 
 
-def test_types_that_kernels_know(monkeypatch):
+def test_types_that_kernels_support(monkeypatch):
     monkeypatch.setattr(library, "loaded", {"cpu": object()})
     assert library.serves(torch.zeros(1, dtype=torch.bfloat16))
     assert library.serves(torch.zeros(1), torch.float32)

@@ -1,4 +1,4 @@
-"""Hard and soft non-maximum suppression: by hand, and against the definition box by box."""
+"""Hard and soft non-maximum suppression: results by hand, and a comparison with the definition."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -22,14 +22,14 @@ def row(x1, x2):
 
 
 def one_image(device, boxes, scores, classes=None):
-    """bbox (1, M, 4), score (1, M) and cls (1, M)."""
+    """Return bbox (1, M, 4), score (1, M) and cls (1, M)."""
     cls = torch.tensor(classes or [1] * len(boxes), dtype=torch.int64, device=device)
     bbox = torch.tensor(boxes, dtype=torch.float32, device=device).reshape(1, -1, 4)
     return bbox, torch.tensor(scores, dtype=torch.float32, device=device)[None], cls[None]
 
 
 def answer(index, score):
-    """[(index, score), ...] of the boxes kept of every image; what lies beyond is -1 and 0."""
+    """Return [(index, score), ...] of the kept boxes of every image; check the padding of -1 and 0."""
     kept = []
     for its_index, its_score in zip(index.tolist(), score.tolist(), strict=True):
         count = sum(i >= 0 for i in its_index)
@@ -55,7 +55,7 @@ def soft_of(device, boxes, scores, classes=None, thr=0.5, sigma=0.5, min_score=0
 
 
 def define(bbox, score, cls, *, thr, max_det, min_score, offset=1, method="hard", sigma=0.5):
-    """The definition, box by box, of one image of lists, in float32: [(index, score), ...]."""
+    """Apply the definition to the lists of one image, box by box, in float32: [(index, score), ...]."""
     thr, min_score, sigma, one = np.float32(thr), np.float32(min_score), np.float32(sigma), np.float32(offset)
 
     def side(low, high):
@@ -88,7 +88,7 @@ def define(bbox, score, cls, *, thr, max_det, min_score, offset=1, method="hard"
 
 
 def random_batch(seed, N, M, num_class, spread=200.0, scores=300):
-    """Overlapping boxes with many equal scores."""
+    """Return overlapping boxes with many equal scores."""
     random = torch.Generator().manual_seed(seed)
     corner = torch.rand(N, M, 2, generator=random) * spread
     bbox = torch.cat([corner, corner + torch.rand(N, M, 2, generator=random) * 60], dim=2)
@@ -104,7 +104,7 @@ def test_an_iou_at_the_threshold_stays_and_one_above_goes(device):
 
 @pytest.mark.parametrize("width", [1, 3, 6, 7, 9])
 def test_the_threshold_is_compared_in_the_type_of_the_boxes(device, width):
-    # width / 10 is no float32: rounded alike on both sides, the IoU is not above.
+    # width / 10 is not a float32: IoU and threshold are rounded alike, so the IoU is not above.
     boxes = [row(0, 9), row(0, width - 1)]
     assert kept_of(device, boxes, [0.9, 0.8], thr=width / 10) == [0, 1]
     assert kept_of(device, boxes, [0.9, 0.8], thr=np.nextafter(np.float32(width / 10), np.float32(0)).item()) == [0]
@@ -134,13 +134,13 @@ def test_equal_scores_go_by_index(device):
     assert kept_of(device, [row(0, 9), row(20, 29), row(40, 49)], [0.0, -0.0, 0.0]) == [0, 1, 2]
 
 
-def test_scores_of_any_sign_go_by_size(device):
+def test_scores_of_any_sign_are_ordered(device):
     boxes = [row(10 * i, 10 * i + 5) for i in range(6)]
     scores = [-1.0, INF, 1e-45, -1e-45, 2.0, -3e38]
     assert kept_of(device, boxes, scores, max_det=6) == [1, 4, 2, 3, 0, 5]
 
 
-def test_scores_not_above_the_least_are_out(device):
+def test_scores_not_above_min_score_are_removed(device):
     boxes = [row(10 * i, 10 * i + 5) for i in range(5)]
     assert kept_of(device, boxes, [0.5, NAN, 0.3, 0.7, -INF], min_score=0.3) == [3, 0]
     assert kept_of(device, boxes, [0.5, NAN, 0.3, 0.7, -INF]) == [3, 0, 2]
@@ -162,7 +162,7 @@ def test_max_det_keeps_the_best_of_all_classes(device):
 
 
 def test_a_chain_longer_than_what_is_decided_at_once(device):
-    # Every box overlaps the next by 7/13 and none further: every second one stays.
+    # Every box has IoU 7/13 with the next and 4/16 or less with others: every second box is kept.
     boxes = [row(3 * i, 3 * i + 9) for i in range(600)]
     assert kept_of(device, boxes, [1 - i / 1000 for i in range(600)], max_det=700) == list(range(0, 600, 2))
 
@@ -176,7 +176,7 @@ def test_hundreds_of_suppressed_boxes_before_hundreds_of_kept_ones(device):
 
 def test_linear_decay_by_hand(device):
     # With 0..9: 0..7 has IoU 8/10 and drops to 0.75 (1 - 0.8) = 0.15, behind 20..29; 0..4 has 5/10, not above thr. Then
-    # 0..4 with 0..7 has 5/8, and 0.15 (1 - 0.625) = 0.05625 is what is left of the latter.
+    # 0..4 has 5/8 with 0..7, whose score drops to 0.15 (1 - 0.625) = 0.05625.
     boxes, scores = [row(0, 7), row(0, 9), row(20, 29), row(0, 4)], [0.75, 0.875, 0.25, 0.5]
     expected = [(1, 0.875), (3, 0.5), (2, 0.25), (0, pytest.approx(0.05625))]
     assert soft_of(device, boxes, scores) == expected
@@ -191,23 +191,23 @@ def test_linear_decay_by_hand(device):
 
 
 def test_gaussian_decay_by_hand(device):
-    # IoU 5/10: 0.5 exp(-0.25 / 0.5). A box apart has IoU 0 and keeps its score to the bit.
+    # IoU 5/10: 0.5 exp(-0.25 / 0.5). A box apart has IoU 0 and keeps its exact score.
     boxes, scores = [row(0, 9), row(0, 4), row(20, 29)], [0.75, 0.5, 0.6]
     expected = [(0, 0.75), (2, np.float32(0.6)), (1, pytest.approx(0.5 * math.exp(-0.5), rel=1e-6))]
     assert soft_of(device, boxes, scores, method="gaussian") == expected
-    # its threshold is of no account
+    # the threshold has no effect
     assert soft_of(device, boxes, scores, method="gaussian", thr=0.9) == expected
     sharp = [(0, 0.75), (2, np.float32(0.6))]  # 0.5 exp(-0.25 / 0.01) = 7e-12
     assert soft_of(device, boxes, scores, method="gaussian", sigma=0.01) == sharp
 
 
 def test_linear_decay_of_equal_boxes_leaves_nothing(device):
-    # 1 - IoU is 0, and inf times 0 is NaN, which is out.
+    # 1 - IoU is 0, and inf times 0 is NaN, which is removed.
     assert soft_of(device, [row(0, 9)] * 3, [INF, INF, 0.5], min_score=-1.0) == [(0, INF), (2, 0.0)]
     assert soft_of(device, [row(0, 9)] * 3, [0.5] * 3, min_score=0.0) == [(0, 0.5)]
 
 
-def test_images_are_decided_each_by_itself(device):
+def test_images_are_independent(device):
     bbox = torch.tensor([[row(0, 9), row(0, 8)], [row(0, 9), row(20, 29)], [row(0, 9), row(0, 9)]], device=device)
     score = torch.tensor([[0.5, 0.9], [0.5, 0.9], [0.5, NAN]], device=device)
     cls = torch.ones(3, 2, dtype=torch.int64, device=device)
@@ -306,7 +306,7 @@ def test_any_layout_and_integer_type(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_other_types_are_taken_too(device, dtype):
+def test_other_types(device, dtype):
     # sides of 10 and 6 of 10 are exact in all of them
     bbox, score, cls = one_image(device, [row(0, 9), row(0, 5), row(20, 29)], [0.5, 0.25, 0.75])
     index, kept = nms(bbox.to(dtype), score.to(dtype), cls, thr=0.5, max_det=3)
@@ -328,7 +328,7 @@ def both(batch, max_det=40):
 
 
 def test_the_number_of_threads_changes_nothing(device):
-    # enough work that the threads are at it side by side
+    # enough work for the threads to overlap
     batch = [t.to(device) for t in random_batch(5, 4, 1000, 2)]
     found = []
     for threads in (1, 2, 4):
@@ -373,10 +373,10 @@ def test_it_can_be_traced(device):
         assert all(map(torch.equal, found, expected))
 
 
-def test_more_boxes_than_the_kernels_can_number_are_refused(monkeypatch):
-    monkeypatch.setattr(library, "loaded", {"cpu": None})  # refused before a kernel is looked for
+def test_too_many_boxes_are_refused(monkeypatch):
+    monkeypatch.setattr(library, "loaded", {"cpu": None})  # refused before a kernel is used
     score, cls = torch.zeros(1).expand(1, 2**31), torch.ones(1).long().expand(1, 2**31)
-    with pytest.raises(ValueError, match=r"nms: expected fewer than 2\^31 boxes of an image, got 2147483648"):
+    with pytest.raises(ValueError, match=r"nms: expected fewer than 2\^31 boxes per image, got 2147483648"):
         nms(score[..., None].expand(-1, -1, 4), score, cls, thr=0.5, max_det=1)
 
 
@@ -397,7 +397,7 @@ def test_more_boxes_than_the_kernels_can_number_are_refused(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("soft", [False, True])
-def test_what_does_not_fit_is_refused(change, message, soft):
+def test_invalid_arguments_are_refused(change, message, soft):
     arguments = {"bbox": torch.zeros(1, 2, 4), "score": torch.zeros(1, 2), "cls": torch.ones(1, 2).long()}
     arguments |= {"thr": 0.5, "max_det": 3, "min_score": 0.0} | change
     with pytest.raises(ValueError, match=("soft_nms: expected .*" if soft else "^nms: expected .*") + message):
@@ -405,7 +405,7 @@ def test_what_does_not_fit_is_refused(change, message, soft):
 
 
 @pytest.mark.parametrize("method, sigma", [("hard", 0.5), ("gauss", 0.5), ("linear", 0.0), ("gaussian", NAN)])
-def test_soft_settings_that_do_not_fit_are_refused(method, sigma):
+def test_invalid_soft_settings_are_refused(method, sigma):
     tensors = torch.zeros(1, 2, 4), torch.zeros(1, 2), torch.ones(1, 2).long()
     with pytest.raises(ValueError, match=f"method linear or gaussian and sigma > 0, got {method} and {sigma}"):
         soft_nms(*tensors, method=method, thr=0.5, sigma=sigma, min_score=0.0, max_det=1)

@@ -23,7 +23,7 @@ ANCHORS = base_anchors(8, (2,), (0.5, 1.0, 2.0))
 
 
 def boxes(*shape):
-    """Boxes of whole pixels, so that overlaps and ties are common."""
+    """Return boxes with integer corners, so that overlaps and ties are common."""
     corner, size = np.random.default_rng(0).integers(0, 40, (2, *shape, 2))
     return np.concatenate([corner, corner + size], axis=-1).astype(np.float32)
 
@@ -33,7 +33,7 @@ def tensors(*arrays):
 
 
 def same(ours, theirs):
-    """Bit for bit, NaN included: both come from the same kernels."""
+    """Return True if the results are equal bit for bit, with NaN equal to NaN."""
     assert len(ours) == len(theirs)
     for array, tensor in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(array, tensor.numpy(), strict=True)
@@ -106,7 +106,7 @@ def test_soft_nms(method):
 
 
 def test_nms_by_hand():
-    # two boxes that share a column of pixels: an IoU of 2 / 6, or of 0 where corners lie outside
+    # two boxes that share a column of pixels: IoU 2 / 6, or 0 with exclusive corners
     arrays = [[[0, 0, 1, 1], [1, 0, 2, 1], [0, 0, 1, 1]]], [[0.5, 0.75, 0.25]], [[1, 1, 2]]
     assert numpy_ops.nms(*arrays, thr=0.3, max_det=3)[0].tolist() == [[1, 2, -1]]
     index, score = numpy_ops.nms(*arrays, thr=0.3, max_det=3, inclusive=False)
@@ -193,7 +193,7 @@ def test_smooth_l1_loss_by_hand():
 
 
 def calls():
-    """A call of every function, of one or more arrays and then settings."""
+    """Return a call of every function: the function, its arrays and its settings."""
     soft = {"method": "gaussian", "thr": 0.5, "sigma": 0.5, "min_score": 0.1, "max_det": 9}
     return {
         "bbox_overlaps": ((boxes(300), boxes(30)), {}),
@@ -208,7 +208,7 @@ def calls():
 
 @pytest.fixture(params=calls())
 def call(request):
-    """A function, its arrays and its settings."""
+    """Return a function, its arrays and its settings."""
     arrays, settings = calls()[request.param]
     return getattr(numpy_ops, request.param), arrays, settings
 
@@ -226,7 +226,7 @@ def test_any_number_of_threads_gives_the_same(call):
     assert set(answers) == {expected}
 
 
-def test_threads_default_to_the_cpus_there_are(call, monkeypatch):
+def test_threads_default_to_the_usable_cpus(call, monkeypatch):
     function, arrays, settings = call
     asked = []
     monkeypatch.setattr(numpy_ops, "usable_cpus", lambda: asked.append(1) or 2)
@@ -236,7 +236,7 @@ def test_threads_default_to_the_cpus_there_are(call, monkeypatch):
     assert asked
 
 
-def test_any_layout_and_type_is_taken(call):
+def test_any_layout_and_type(call):
     function, arrays, settings = call
     expected = flat(function(*arrays, **settings))
     strided = [np.repeat(array, 2, axis=0)[::2] for array in arrays]
@@ -260,7 +260,7 @@ def test_arguments_stay_as_they_are(call):
 def test_wrong_shapes_are_refused(call):
     function, arrays, settings = call
     for i in range(len(arrays)):
-        # a last axis less, but for logits: any number of classes is right
+        # the last axis is shortened, except that of logits: any number of classes is valid
         for wrong in (arrays[i][None], arrays[i][:, :-1] if function.__name__ == "focal_loss" else arrays[i][..., :-1]):
             changed = [*arrays[:i], wrong, *arrays[i + 1 :]]
             with pytest.raises(ValueError, match=rf"^{function.__name__}: expected .*, got .*\("):
@@ -310,7 +310,7 @@ def test_a_stale_extension_is_refused():
     done = python(
         "from operator_cxx import build; build.source_hash = lambda: 'new'; from operator_cxx import numpy_ops"
     )
-    assert "ImportError: operator_cxx.numpy_ops was built from other sources: build it again, make ops" in done.stderr
+    assert "ImportError: operator_cxx.numpy_ops was built from other sources: rebuild it with make ops" in done.stderr
 
 
 def test_without_the_extension_the_import_says_what_to_do():

@@ -16,7 +16,7 @@ from operator_cxx.retina_decode import retina_decode
 GOLDEN = Path(__file__).parents[1] / "golden"
 SCALES = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))
 NAN, INF = math.nan, math.inf
-# How a map (N, R, H, W) may lie in memory, gaps between its images, rows, cells and channels included.
+# Memory layouts of a map (N, R, H, W), including gaps between its images, rows, cells and channels.
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "channels-last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -32,7 +32,7 @@ LAYOUTS = {
 
 
 def golden_candidates(device):
-    """(M, 6) rows of box, score and class, as the golden case has them."""
+    """Return rows (M, 6) of box, score and class, as in the golden case."""
     golden = np.load(GOLDEN / "decode_256.npz")
     rows = []
     for stride in (8, 16, 32, 64, 128):
@@ -53,7 +53,7 @@ def golden_candidates(device):
 
 
 def sorted_rows(rows):
-    """Rows in an order that does not depend on the order of rows."""
+    """Return the rows in a canonical order."""
     return rows[np.lexsort((rows[:, 0], rows[:, 5], rows[:, 4]))]
 
 
@@ -123,20 +123,20 @@ def test_only_scores_above_the_threshold_are_candidates(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_numbers_that_are_no_probabilities(device, dtype):
+def test_invalid_probabilities(device, dtype):
     prob = torch.tensor([NAN, 0.5, -0.0, -1.0, INF, -INF, 0.75, -NAN, 0.5, 2.0**-24, 0.0], dtype=dtype)
     for thresh, expected in ((0.0, [4, 6, 1, 8, 9]), (-0.0, [4, 6, 1, 8, 9]), (0.5, [4, 6]), (INF, []), (1e300, [])):
         bbox, score, cls = decode(prob.reshape(1, 1, 1, -1), device=device, top_n=7, thresh=thresh)
         assert bbox[0, : len(expected), 0].tolist() == expected
         assert score[0].tolist() == [*prob[expected].tolist(), *[0.0] * (7 - len(expected))]
         assert cls.sum() == len(expected)
-    # a whole tile of NaN does not hide what comes after
+    # candidates after a whole tile of NaN are found
     prob = torch.full((9000,), NAN, dtype=dtype).index_fill(0, torch.tensor([8999]), 0.5)
     _, score, _ = decode(prob.reshape(1, 1, 90, 100), device=device, top_n=1)
     assert score.item() == 0.5
 
 
-def test_coordinates_are_nan_where_their_deltas_are(device):
+def test_nan_deltas_give_nan_coordinates(device):
     delta = torch.zeros(1, 4, 1, 4)
     delta[0, 0, 0, 0] = NAN
     delta[0, 3, 0, 1] = NAN
@@ -157,7 +157,7 @@ def test_equal_scores_keep_their_order_in_anchor_class_row_column(device):
 
 
 def assert_chosen(prob, thresh, top_n, A, answer):
-    """The answer has the rows that a stable sort of the probabilities (N, A*C, H, W) gives, of boxes as decode's."""
+    """Check the result against a stable sort of the probabilities (N, A*C, H, W), with the boxes of `decode`."""
     bbox, score, cls = (x.cpu() for x in answer)
     N, channel, H, W = prob.shape
     for n in range(N):
@@ -191,7 +191,7 @@ SCORES = {
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("kind", SCORES)
 def test_the_best_in_order(device, kind, layout, top_n):
-    prob = SCORES[kind]((2, 12, 20, 37), torch.Generator().manual_seed(top_n))  # A = 3, C = 4: 8880 an image
+    prob = SCORES[kind]((2, 12, 20, 37), torch.Generator().manual_seed(top_n))  # A = 3, C = 4: 8880 per image
     prob[1:, :, :, :15] *= 0.1  # whole groups without a candidate
     laid = LAYOUTS[layout](prob)
     answer = decode(laid, device=device, A=3, top_n=top_n, thresh=0.2, im_info=(1e5, 1e5, 1.0))
@@ -206,7 +206,7 @@ def test_the_best_of_half_precision(device, dtype):
 
 
 def slow_decode(prob, delta, im_info, anchors, top_n, thresh, A):
-    """The rows (x1, y1, x2, y2, score, class) of one image by the definition, in Python floats."""
+    """Return the rows (x1, y1, x2, y2, score, class) of one image by the definition, in Python floats."""
     C, (_, H, W) = len(prob) // A, prob.shape
     prob, delta, anchors = prob.tolist(), delta.tolist(), anchors.tolist()
     found = []
@@ -229,7 +229,7 @@ def slow_decode(prob, delta, im_info, anchors, top_n, thresh, A):
 
 
 def example(device, *, images=2, A=2, C=3, side=(5, 7), dtype=torch.float32, delta_dtype=None, seed=0):
-    """prob, delta, im_info and anchors; some of the probabilities are equal, some boxes reach beyond the image."""
+    """Return prob, delta, im_info and anchors; some probabilities are equal, some boxes extend beyond the image."""
     random = torch.Generator().manual_seed(seed)
     prob = (torch.rand(images, A * C, *side, generator=random) * 32).round() / 32
     delta = torch.randn(images, 4 * A, *side, generator=random) * 1.5
@@ -315,7 +315,7 @@ def test_kernels_stay_in_their_workspace_whatever_it_holds(device, monkeypatch):
 
 
 def test_the_threads_change_no_bit():
-    inputs = example("cpu", side=(40, 333), C=11)  # several tiles an image
+    inputs = example("cpu", side=(40, 333), C=11)  # several tiles per image
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
@@ -332,7 +332,7 @@ def test_from_many_threads_at_once(device):
 
 
 def test_images_further_apart_than_two_gigabytes_of_elements(device):
-    # The second image lies 2^31 + 8 elements after the first, in memory that is never touched between them.
+    # The second image is 2^31 + 8 elements after the first; the memory in between is never touched.
     far = 2**31 + 8
     memory = torch.empty(far + 8, dtype=torch.float16, device=device)
     prob = memory.as_strided((2, 4, 1, 1), (far, 1, 1, 1)).copy_(torch.arange(8.0).reshape(2, 4, 1, 1) / 8)
@@ -343,7 +343,7 @@ def test_images_further_apart_than_two_gigabytes_of_elements(device):
 
 
 def test_an_image_of_more_than_two_gigabytes_of_elements():
-    # Only its ends are written: pages that were never written read as zero and take no memory.
+    # Only its ends are written: untouched pages read as zero and take no memory.
     assert "cpu" in library.loaded, library.notes  # plain torch would take many gigabytes
     channel = 2**29 + 2
     memory = torch.from_numpy(np.zeros(4 * channel, np.float16))
@@ -441,7 +441,7 @@ def test_search_for_a_disagreement(kind, request):
         ({"thresh": -1.0}, "pre_nms_top_n >= 1 and thresh >= 0, got 3 and -1.0"),
         ({"thresh": NAN}, "pre_nms_top_n >= 1 and thresh >= 0, got 3 and nan"),
         ({"A": 0}, r"cls_prob \(N, A\*C, H, W\) with A = 0, got \(1, 6, 2, 2\)"),
-        ({"prob": (1, 2**30, 2, 2)}, r"fewer than 2\^32 probabilities an image, got \(1, 1073741824, 2, 2\)"),
+        ({"prob": (1, 2**30, 2, 2)}, r"fewer than 2\^32 probabilities per image, got \(1, 1073741824, 2, 2\)"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):

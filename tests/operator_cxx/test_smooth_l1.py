@@ -22,7 +22,7 @@ LAYOUTS = {
 
 
 def slow_loss(delta, target, weight, beta):
-    """The sum by the definition, one by one in Python floats."""
+    """Return the sum by the definition, in Python floats."""
     total = 0.0
     for d, t, w in zip(delta.flatten().tolist(), target.flatten().tolist(), weight.flatten().tolist(), strict=True):
         size = abs(d - t)
@@ -31,7 +31,7 @@ def slow_loss(delta, target, weight, beta):
 
 
 def example(device, *, sides=((5, 7), (3, 3), (1, 1)), images=2, rows=8, dtype=torch.float32, seed=0):
-    """Deltas of levels (N, R, H, W), target and weight (N, R, P)."""
+    """Return deltas of levels (N, R, H, W), target and weight (N, R, P)."""
     random = torch.Generator().manual_seed(seed)
     delta = [torch.randn(images, rows, *side, generator=random, dtype=torch.float64) for side in sides]
     shape = (images, rows, sum(h * w for h, w in sides))
@@ -67,7 +67,7 @@ def test_loss_by_hand(device):
 def test_box_loss_of_the_original(device, case):
     golden = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN / f"{case}.npz").items()}
     label = golden["label"]
-    # The label in the layout of the deltas: levels of (A, H*W) side by side become (A, sum of H*W).
+    # Reorder the label as the deltas: levels (A, H*W) are concatenated to (A, sum of H*W).
     cells = [16 * 16, 8 * 8, 4 * 4, 2 * 2, 1]
     cells = [c * (golden["train_bbox"].shape[2] // 341) for c in cells]
     levels = [part.reshape(len(label), 9, -1) for part in label.split([9 * c for c in cells], dim=1)]
@@ -140,7 +140,7 @@ def test_gradcheck(device):
     assert torch.autograd.gradcheck(lambda *d: 3 * smooth_l1_loss(d, target, weight, beta=0.5), delta)
 
 
-def test_only_what_is_asked_for_gets_a_gradient(device):
+def test_only_required_gradients_are_computed(device):
     (first, second), target, weight = example(device, sides=((2, 2), (1, 1)))
     first.requires_grad_()
     smooth_l1_loss([first, second], target, weight, beta=1.0).backward()
@@ -170,12 +170,12 @@ def test_from_many_threads_at_once(device):
 
 
 def test_beyond_two_gigabytes_of_elements(device):
-    # The second image lies 2^31 + 8 elements after the first, in memory that is never touched between them.
+    # The second image is 2^31 + 8 elements after the first; the memory in between is never touched.
     far = 2**31 + 8
     memory = torch.empty(far + 4, dtype=torch.float16, device=device)
     level = memory.as_strided((2, 4, 1, 1), (far, 1, 1, 1)).copy_(torch.arange(8.0).reshape(2, 4, 1, 1))
     loss = smooth_l1_loss([level], torch.zeros(2, 4, 1, device=device), torch.ones(2, 4, 1, device=device), beta=1.0)
-    assert loss.item() == 28 - 7 * 0.5  # 0 to 7, less a half each but for 0
+    assert loss.item() == 28 - 7 * 0.5  # the sum of 0 to 7, minus 0.5 for each except 0
 
 
 def test_tracing():

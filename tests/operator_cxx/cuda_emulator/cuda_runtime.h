@@ -1,10 +1,10 @@
-/* The part of CUDA that the kernels use, on a CPU: the .cu files compile as C++ against this header in place of CUDA's,
- * and their kernels run, so that their logic is tested on machines without a GPU.
+/* An emulation of the part of CUDA that the kernels use. The .cu files compile as C++ with this header instead of
+ * CUDA's and run on a CPU, so that their logic is tested on machines without a GPU.
  *
- * The threads of a block are fibers, resumed one after another between barriers, in an order that changes from barrier
- * to barrier: a missing __syncthreads shows as a wrong result. Blocks run one after another, likewise shuffled. A thread
- * that ends while others wait at a barrier, which is undefined on a GPU, makes the launch fail. Launches are complete
- * when they return, and only one runs at a time.
+ * The threads of a block are fibers, which run one after another between barriers, in a random order that changes at
+ * every barrier: a missing __syncthreads leads to a wrong result. Blocks also run one after another, starting at a
+ * random one. A launch fails if a thread ends while others wait at a barrier, which is undefined on a GPU. Launches are
+ * synchronous, one at a time.
  */
 #pragma once
 
@@ -23,7 +23,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static thread_local  // of the system thread that a block runs on: new for every block
+#define __shared__ static thread_local  // every block runs on a new system thread
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 
@@ -67,7 +67,7 @@ inline uint64_t next_random() {
   return machine.random >> 33;
 }
 
-/* Back to the scheduler, and here again when it resumes this fiber. */
+/* Switch to the scheduler; returns when it resumes this fiber. */
 inline void yield() {
   if (!_setjmp(machine.fibers[machine.current].here)) _longjmp(machine.scheduler, 1);
 }
@@ -95,7 +95,7 @@ inline void resume(int thread) {
   setcontext(&fiber.start);
 }
 
-/* One block, from barrier to barrier; false where some threads ended and others wait. */
+/* Run a block from barrier to barrier. Return false if some threads ended while others wait. */
 inline bool run_block(int threads) {
   for (int i = 0; i < threads; ++i) machine.fibers[i].done = false;
   std::memset(machine.shared, 0xa5, sizeof machine.shared);  // uninitialised, as on a GPU
@@ -129,7 +129,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, std::function<voi
     bool ended = false;
     std::thread([&] { ended = run_block(threads); }).join();
     if (!ended) {
-      // Fibers that wait inside the kernel are given up: the next launch starts new ones.
+      // Fibers that still wait inside the kernel are discarded: the next launch creates new ones.
       machine.fibers.clear();
       machine.error = cudaErrorLaunchFailure;
       return;

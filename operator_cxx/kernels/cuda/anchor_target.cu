@@ -1,26 +1,29 @@
-/* nk_anchor_target on the GPU: a thread an anchor, the image's boxes passing through shared memory.
+/* nk_anchor_target on the GPU. N images, G boxes per image, K anchors.
  *
- * A first kernel finds the best IoU of every box. A second computes the IoUs again, which is cheaper than keeping them:
- * now it is known which of them force an anchor.
+ * A thread takes an anchor; the boxes of the image pass through shared memory. The first kernel finds the best IoU of
+ * every box. The second recomputes the IoUs, which is cheaper than storing them, and tests which force an anchor.
  */
 #include "anchor_target.h"
 #include "launch.cuh"
 
 namespace {
 
-constexpr int kChunk = 64;  // boxes in shared memory at a time
+constexpr int kChunk = 64;  // boxes in shared memory
 
 struct AnchorTarget {
-  const float *gt_bbox, *im_info, *anchor;
+  const float* gt_bbox;  // (N, G, 5)
+  const float* im_info;  // (N, 3)
+  const float* anchor;   // (K, 4)
   int64_t N, G, K;
   nk::AnchorRule rule;
-  uint32_t* top;  // (N, G) rank of every box's best IoU
+  uint32_t* top;  // (N, G) rank of the best IoU of every box
 };
 
-/* An anchor, as the image sees it. */
+/* An anchor and its position in the image. */
 struct Candidate {
   nk::Box<float> box;
-  float area, inside;
+  float area;
+  float inside;  // 1 or 0
   bool regular;
 
   __device__ Candidate(const AnchorTarget& target, int64_t n, int64_t k)
@@ -29,14 +32,14 @@ struct Candidate {
         inside(target.rule.inside(box, target.im_info[3 * n], target.im_info[3 * n + 1])),
         regular(nk::is_regular(box)) {}
 
-  /* With most boxes it is 0, which is known without a division where nothing could give NaN. */
+  /* Return the IoU with a box. Most are 0, which needs no division unless irregular sides could give NaN. */
   __device__ float iou(const nk::GroundTruth& truth) const {
     if (regular && (nk::are_apart(box, truth.box) || inside == 0) && nk::is_regular(truth.box)) return 0;
     return nk::iou(box, area, truth.box, truth.area) * inside;
   }
 };
 
-/* Copies a chunk's rows of 5 to shared memory, by all threads of the block; returns their number. */
+/* Copy the next chunk of at most `left` rows of gt_bbox to shared memory, with all threads. Return its size. */
 __device__ int load_chunk(const float* rows, int64_t left, float* shared) {
   const int count = static_cast<int>(left < kChunk ? left : kChunk);
   __syncthreads();
@@ -50,7 +53,8 @@ __global__ void top_kernel(AnchorTarget target) {
   __shared__ unsigned int top[kChunk];
   const int64_t tiles = nk::ceil_div(target.K, nk::kBlock);
   for (int64_t block = blockIdx.x; block < target.N * tiles; block += gridDim.x) {
-    const int64_t n = block / tiles, k = block % tiles * nk::kBlock + threadIdx.x;
+    const int64_t n = block / tiles;
+    const int64_t k = block % tiles * nk::kBlock + threadIdx.x;
     const Candidate anchor(target, n, k < target.K ? k : target.K - 1);
     for (int64_t first = n * target.G; first < (n + 1) * target.G; first += kChunk) {
       if (threadIdx.x < kChunk) top[threadIdx.x] = 0;
@@ -72,7 +76,8 @@ __global__ void label_kernel(AnchorTarget target, float* label, float* delta) {
   __shared__ float rows[5 * kChunk];
   const int64_t tiles = nk::ceil_div(target.K, nk::kBlock);
   for (int64_t block = blockIdx.x; block < target.N * tiles; block += gridDim.x) {
-    const int64_t n = block / tiles, k = block % tiles * nk::kBlock + threadIdx.x;
+    const int64_t n = block / tiles;
+    const int64_t k = block % tiles * nk::kBlock + threadIdx.x;
     const Candidate anchor(target, n, k < target.K ? k : target.K - 1);
     uint32_t best = 0;
     int32_t best_box = -1;
@@ -83,13 +88,14 @@ __global__ void label_kernel(AnchorTarget target, float* label, float* delta) {
         const nk::GroundTruth truth(rows + 5 * i);
         if (truth.is_padding()) continue;
         const int32_t g = static_cast<int32_t>(first) + i;
-        if (best_box < 0) best_box = g;  // the first counts as the best
+        if (best_box < 0) best_box = g;  // the first box counts as the best
         const float forcing = target.rule.forcing_iou(target.top[n * target.G + g]);
         nk::visit_box(anchor.iou(truth), g, truth.cls, forcing, best, best_box, forced);
       }
     }
     if (k >= target.K) continue;
-    float value = anchor.inside - 1, to_box[4] = {0, 0, 0, 0};
+    float value = anchor.inside - 1;  // without boxes: background or ignored
+    float to_box[4] = {0, 0, 0, 0};
     if (best_box >= 0) {
       const float* row = target.gt_bbox + 5 * (n * target.G + best_box);
       value = target.rule.label(best, row[4], forced, anchor.inside);
@@ -111,8 +117,9 @@ int32_t nk_anchor_target(
     float neg_thr, float min_pos_thr, float allowed_border, float* label, float* delta, void* workspace,
     intptr_t where) {
   if (N == 0 || K == 0) return 0;
-  const AnchorTarget target{gt_bbox, im_info, anchor, N, G, K, {pos_thr, neg_thr, min_pos_thr, allowed_border},
-                            static_cast<uint32_t*>(workspace)};
+  const AnchorTarget target{
+      gt_bbox, im_info, anchor, N, G, K, {pos_thr, neg_thr, min_pos_thr, allowed_border},
+      static_cast<uint32_t*>(workspace)};
   const unsigned int blocks = nk::grid_of(N * nk::ceil_div(K, nk::kBlock));
   const cudaStream_t stream = nk::stream_of(where);
   if (G > 0) {

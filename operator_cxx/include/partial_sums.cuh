@@ -1,11 +1,11 @@
-/* Sums on the GPU whose order never changes. */
+/* Sums on the GPU in a fixed order. */
 #pragma once
 
 #include "launch.cuh"
 
 namespace nk {
 
-/* The sum of every thread's value, on every thread of a block of kBlock threads. */
+/* Return the sum of the values of all threads, on every thread of a block of kBlock threads. */
 __device__ inline double block_sum(double value) {
   __shared__ double partial[kBlock];
   partial[threadIdx.x] = value;
@@ -19,7 +19,7 @@ __device__ inline double block_sum(double value) {
   return total;
 }
 
-/* Adds the partial sums to loss; one block of kBlock threads. */
+/* Add the partial sums to loss; one block of kBlock threads. */
 static __global__ void add_partial_sums(const double* partial, int64_t count, double* loss) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kBlock) sum += partial[i];

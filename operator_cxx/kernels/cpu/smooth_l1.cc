@@ -1,14 +1,19 @@
-/* nk_smooth_l1 on the CPU. Work is cut into tiles of cells; every tile has its own partial sum, summed in order. */
+/* nk_smooth_l1 on the CPU. N images, R rows of deltas, P cells.
+ *
+ * Work is cut into tiles of cells. A tile leaves a partial sum, and the partial sums are added in order.
+ */
 #include "smooth_l1.h"
 
 #include "parallel.h"
+#include "strides.h"
 
 namespace {
 
-constexpr int64_t kTile = 256;  // cells: a tile's rows stay in the cache while channels-last deltas are walked
+constexpr int64_t kTile = 256;  // cells, so that the rows of a tile stay in the cache if the layout is channels last
 
+/* Return the loss of `cells` cells of a row and write their gradient unless grad is null. C: type of the arithmetic. */
 template <class T, class C>
-double tile_loss(
+double row_loss(
     const nk::SmoothL1<C>& loss, const T* delta, T* grad, int64_t cells, int64_t stride, int64_t grad_stride,
     const C* target, const C* weight, C scale) {
   C sum = 0;
@@ -35,26 +40,27 @@ int32_t nk_smooth_l1(
   if (N == 0 || R == 0 || P == 0) return 0;
   double* partial = static_cast<double*>(workspace);
   const int64_t tiles = nk::ceil_div(P, kTile);
-  if (!grad) grad_stride = stride;
-  nk::with_dtype(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
+  const nk::Strides at = nk::Strides::of_channels(stride);
+  const nk::Strides grad_at = grad ? nk::Strides::of_channels(grad_stride) : at;
+  const nk::Strides target_at{target_stride[0], 0, target_stride[1], 1};
+  nk::with_dtype<float, double, nk::float16, nk::bfloat16>(dtype, [&]<class T>() {
     using C = typename nk::Compute<T>::type;
     const nk::SmoothL1<C> smooth_l1{static_cast<C>(beta)};
-    nk::parallel_for(N * tiles, where, [&](int64_t block, int64_t) {
-      const int64_t n = block / tiles, first = block % tiles * kTile, cells = std::min(kTile, P - first);
+    nk::parallel_for(N * tiles, where, [&](int64_t block) {
+      const int64_t n = block / tiles;
+      const int64_t p = block % tiles * kTile;
       double sum = 0;
       for (int64_t r = 0; r < R; ++r) {
-        const int64_t at = n * target_stride[0] + r * target_stride[1] + first;
-        const T* row = static_cast<const T*>(delta) + n * stride[0] + r * stride[1] + first * stride[2];
-        T* grad_row =
-            grad ? static_cast<T*>(grad) + n * grad_stride[0] + r * grad_stride[1] + first * grad_stride[2] : nullptr;
-        sum += tile_loss<T, C>(
-            smooth_l1, row, grad_row, cells, stride[2], grad_stride[2], static_cast<const C*>(target) + at,
-            static_cast<const C*>(weight) + at, static_cast<C>(scale[n]));
+        const T* row = static_cast<const T*>(delta) + at.offset(n, 0, r, p);
+        T* grad_row = grad ? static_cast<T*>(grad) + grad_at.offset(n, 0, r, p) : nullptr;
+        const int64_t target_offset = target_at.offset(n, 0, r, p);
+        sum += row_loss<T, C>(
+            smooth_l1, row, grad_row, std::min(kTile, P - p), at.p, grad_at.p,
+            static_cast<const C*>(target) + target_offset, static_cast<const C*>(weight) + target_offset,
+            static_cast<C>(scale[n]));
       }
       partial[block] = sum;
     });
-    return 0;
   });
   for (int64_t block = 0; block < N * tiles; ++block) *loss += partial[block];
   return 0;

@@ -1,7 +1,7 @@
-/* The arithmetic of smooth L1 (Girshick 2015, "Fast R-CNN", equation 3, with a place to bend of its own). */
+/* The arithmetic of smooth L1 (Girshick 2015, "Fast R-CNN", equation 3, with the transition point beta). */
 #pragma once
 
-#include "common.h"
+#include "dtype.h"
 
 namespace nk {
 
@@ -9,7 +9,7 @@ template <class T>
 struct SmoothL1 {
   T beta;
 
-  /* The loss of a difference; its derivative goes to slope. NaN stays NaN. */
+  /* Return the loss of a difference and write its derivative to slope. NaN propagates. */
   NK_HD T operator()(T difference, T& slope) const {
     const T size = difference < 0 ? -difference : difference;
     const bool quadratic = size < beta;

@@ -1,42 +1,49 @@
-/* nk_retina_decode on the GPU.
+/* nk_retina_decode on the GPU. N images, A anchors per cell, C classes, P cells, T boxes kept.
  *
- * The least of the T best keys is found without sorting, digit by digit from the top, by histograms of the keys that
- * agree with the digits so far. Once these choose exactly T keys, and at once where there are no more candidates, the
- * kernels of later digits return early. The chosen are collected, sorted by a block an image, and each becomes a row.
+ * The T best keys are selected by a radix selection, which finds the least of them digit by digit from the top, with
+ * histograms of the keys that begin with the digits found so far:
+ *
+ *     keys above the chosen digit      all chosen
+ *     keys with the chosen digit       the last chosen key is among them: the next digit decides
+ *     keys below the chosen digit      none chosen
+ *
+ * Once exactly T keys are chosen, or if there are no more than T candidates, the kernels of later digits return early.
+ * The chosen keys are collected, sorted by one block per image, and decoded to one row each.
  */
 #include "bitonic_sort.cuh"
 #include "retina_decode.h"
 
 namespace {
 
-constexpr int kKeyBits = 63;  // a key's top bit, the sign of a probability, is 0
+constexpr int kKeyBits = 63;  // the top bit of a key, the sign of a probability, is 0
 constexpr int kDigitBits = 11;
 constexpr int kBins = 1 << kDigitBits;
-constexpr int kBinsOfThread = kBins / nk::kBlock;
-constexpr int64_t kTile = 8192;  // probabilities that a block reads between clearing its histogram and adding it
-constexpr int kAhead = 8;        // of them a thread loads before it looks at any
+constexpr int kBinsPerThread = kBins / nk::kBlock;
+constexpr int64_t kTile = 8192;       // probabilities that a block adds to its histogram before it writes it
+constexpr int kAhead = 8;             // probabilities that a thread loads before it tests the first
 constexpr int64_t kMaxShared = 4096;  // keys that are sorted in shared memory
 
-/* What is known of an image's T best keys. */
+/* The state of the selection of an image's T best keys. */
 struct Selection {
-  uint64_t prefix;  // the digits found so far
-  uint64_t floor;   // no chosen key is below
-  uint32_t wanted;  // how many are to be chosen of those that begin with the prefix
-  uint32_t exact;   // those from floor on are the chosen: wanted is no more needed
-  uint32_t taken;   // how many have been collected
+  uint64_t prefix;     // the digits found so far
+  uint64_t floor;      // no chosen key is below
+  uint32_t remaining;  // keys to choose among those that begin with the prefix
+  uint32_t exact;      // 1 if the keys from floor on are the chosen ones: no digit remains to be found
+  uint32_t collected;  // keys collected so far
   uint32_t unused;
 };
 
-/* An image's part of the workspace. */
+/* The workspace of one image. */
 struct Scratch {
   Selection* selection;
-  uint32_t* bin;  // kBins
-  uint64_t* key;  // `size` of them, a power of two: zeros where there are fewer candidates
+  uint32_t* bin;  // (kBins) histogram of a digit
+  uint64_t* key;  // (size) chosen keys, zeros beyond them
 };
 
+/* The workspaces of all images. */
 struct Workspace {
   unsigned char* start;
-  int64_t size;
+  int64_t size;  // a power of two, at least the number of keys to choose
 
   NK_HD int64_t bytes() const { return static_cast<int64_t>(sizeof(Selection) + kBins * sizeof(uint32_t)) + size * 8; }
   NK_HD Scratch operator[](int64_t n) const {
@@ -46,7 +53,7 @@ struct Workspace {
   }
 };
 
-/* The probabilities of every image. Element i is along the walk of an image, which has less than 2^32. */
+/* The probabilities of all images. Index i, below 2^32, follows the walk of an image. */
 template <class T>
 struct Probabilities {
   const T* prob;
@@ -66,7 +73,7 @@ struct Probabilities {
   }
 };
 
-/* Calls body with the key of every candidate in a tile of image n; the threads of a block share the tile. */
+/* Call body with the key of every candidate in a tile of image n, which the threads of a block share. */
 template <class T, class Body>
 __device__ inline void for_each_key(const Probabilities<T>& from, int64_t n, int64_t tile, Body body) {
   const int64_t last = (tile + 1) * kTile < from.size ? (tile + 1) * kTile : from.size;
@@ -83,16 +90,16 @@ __device__ inline void for_each_key(const Probabilities<T>& from, int64_t n, int
   }
 }
 
-__global__ void clear(Workspace workspace, int64_t N, uint32_t wanted) {
+__global__ void clear(Workspace workspace, int64_t N, uint32_t count) {
   for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
     const Scratch scratch = workspace[n];
     for (int64_t i = threadIdx.x; i < kBins; i += nk::kBlock) scratch.bin[i] = 0;
     for (int64_t i = threadIdx.x; i < workspace.size; i += nk::kBlock) scratch.key[i] = 0;
-    if (threadIdx.x == 0) *scratch.selection = {0, 0, wanted, 0, 0, 0};
+    if (threadIdx.x == 0) *scratch.selection = {0, 0, count, 0, 0, 0};
   }
 }
 
-/* Adds to the bins the digit, `width` bits from `shift` on, of the keys that begin with the prefix. */
+/* Add the digits of the keys that begin with the prefix to the histogram; a digit is `width` bits from `shift` on. */
 template <class T>
 __global__ void count_digits(Probabilities<T> from, Workspace workspace, int64_t N, int shift, int width) {
   __shared__ uint32_t bin[kBins];
@@ -114,19 +121,28 @@ __global__ void count_digits(Probabilities<T> from, Workspace workspace, int64_t
   }
 }
 
-/* The next digit of the last key chosen, from the bins, which are cleared; a block an image. */
+/* Find the next digit of the least chosen key from the histogram and clear it; one block per image.
+ *
+ *     bin        kBins-1 ... | ...        | ... 0        greater digits first, kBinsPerThread of them per thread
+ *     thread     0           | 1          | ...
+ *     sum        keys in the bins of this thread and all before
+ *
+ * The digit is that of the bin at which the running count of keys reaches `remaining`.
+ */
 __global__ void choose_digit(Workspace workspace, int64_t N, int shift, int width) {
-  __shared__ uint32_t sum[nk::kBlock];  // of a thread's bins and those of all threads before, which have greater digits
+  __shared__ uint32_t sum[nk::kBlock];
   for (int64_t n = blockIdx.x; n < N; n += gridDim.x) {
     const Scratch scratch = workspace[n];
     Selection& selection = *scratch.selection;
     if (selection.exact) continue;
-    const uint32_t wanted = selection.wanted;
+    const uint32_t remaining = selection.remaining;
     const uint64_t prefix = selection.prefix;
-    uint32_t* top = scratch.bin + kBins - 1 - threadIdx.x * kBinsOfThread;  // and downwards
-    uint32_t count[kBinsOfThread], own = 0;
-    for (int i = 0; i < kBinsOfThread; ++i) {
-      own += count[i] = top[-i];
+    uint32_t* top = scratch.bin + kBins - 1 - threadIdx.x * kBinsPerThread;  // this thread's greatest digit
+    uint32_t count[kBinsPerThread];
+    uint32_t own = 0;
+    for (int i = 0; i < kBinsPerThread; ++i) {
+      count[i] = top[-i];
+      own += count[i];
       top[-i] = 0;
     }
     sum[threadIdx.x] = own;
@@ -138,24 +154,27 @@ __global__ void choose_digit(Workspace workspace, int64_t N, int shift, int widt
       __syncthreads();
     }
     uint32_t seen = sum[threadIdx.x] - own;
-    const bool all = sum[nk::kBlock - 1] <= wanted;
+    const bool all = sum[nk::kBlock - 1] <= remaining;
     if (all && threadIdx.x == 0) {
       selection.floor = prefix << (shift + width);
       selection.exact = 1;
-    } else if (!all && seen < wanted && sum[threadIdx.x] >= wanted) {
+    } else if (!all && seen < remaining && sum[threadIdx.x] >= remaining) {
       int i = 0;
-      while (seen + count[i] < wanted) seen += count[i++];
-      const uint64_t digit = static_cast<uint64_t>(kBins - 1 - i) - threadIdx.x * kBinsOfThread;
+      while (seen + count[i] < remaining) {
+        seen += count[i];
+        ++i;
+      }
+      const uint64_t digit = static_cast<uint64_t>(kBins - 1 - i) - threadIdx.x * kBinsPerThread;
       selection.prefix = prefix << width | digit;
       selection.floor = selection.prefix << shift;
-      selection.wanted = wanted - seen;
-      selection.exact = seen + count[i] == wanted;
+      selection.remaining = remaining - seen;
+      selection.exact = seen + count[i] == remaining;
     }
     __syncthreads();
   }
 }
 
-/* Gathers the chosen keys, in any order. */
+/* Collect the chosen keys, in any order. */
 template <class T>
 __global__ void collect(Probabilities<T> from, Workspace workspace, int64_t N) {
   for (int64_t block = blockIdx.x; block < N * from.tiles(); block += gridDim.x) {
@@ -163,12 +182,12 @@ __global__ void collect(Probabilities<T> from, Workspace workspace, int64_t N) {
     const Scratch scratch = workspace[n];
     const uint64_t floor = scratch.selection->floor;
     for_each_key(from, n, block % from.tiles(), [&](uint64_t key) {
-      if (key >= floor) scratch.key[atomicAdd(&scratch.selection->taken, 1u)] = key;
+      if (key >= floor) scratch.key[atomicAdd(&scratch.selection->collected, 1u)] = key;
     });
   }
 }
 
-/* Each image's keys falling; a block an image. */
+/* Sort the keys of every image in descending order; one block per image. */
 __global__ void sort_keys(Workspace workspace, int64_t N, bool in_shared) {
   NK_DYNAMIC_SHARED(uint64_t, shared);
   const int64_t size = workspace.size;
@@ -184,14 +203,15 @@ __global__ void sort_keys(Workspace workspace, int64_t N, bool in_shared) {
 
 template <class D>
 __global__ void write_rows(nk::RowWriter<D> write_row, Workspace workspace, int64_t N, int64_t T) {
-  for (int64_t row = blockIdx.x * static_cast<int64_t>(nk::kBlock) + threadIdx.x; row < N * T;
-       row += static_cast<int64_t>(gridDim.x) * nk::kBlock) {
-    const int64_t n = row / T, t = row % T;
+  const int64_t step = static_cast<int64_t>(gridDim.x) * nk::kBlock;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * nk::kBlock + threadIdx.x; row < N * T; row += step) {
+    const int64_t n = row / T;
+    const int64_t t = row % T;
     write_row(t < workspace.size ? workspace[n].key[t] : 0, n, row);
   }
 }
 
-/* The chosen keys of every image, best first, to the workspace. */
+/* Write the keys of every image's best candidates to the workspace, best first. */
 template <class T>
 void choose_keys(const Probabilities<T>& from, Workspace workspace, int64_t N, cudaStream_t stream) {
   const unsigned int blocks = nk::grid_of(N * from.tiles());
@@ -227,22 +247,20 @@ int32_t nk_retina_decode(
   const Workspace scratch = workspace_at(workspace, size, T);
   const cudaStream_t stream = nk::stream_of(where);
   NK_LAUNCH(clear, nk::grid_of(N), nk::kBlock, 0, stream, scratch, N, static_cast<uint32_t>(std::min(T, size)));
-  const nk::Walk walk = nk::walk_of(A * C, P, prob_stride[1], prob_stride[2]);
-  nk::with_float(dtype, [&](auto* type) {
-    using S = std::remove_pointer_t<decltype(type)>;
-    if (size > 0) {
-      const Probabilities<S> from{static_cast<const S*>(prob), prob_stride[0], size, walk, thresh};
+  const nk::Strides prob_at = nk::Strides::of_channels(prob_stride);
+  const nk::Strides delta_at = nk::Strides::of_channels(delta_stride);
+  const nk::Walk walk = nk::walk_of(A * C, P, prob_at);
+  if (size > 0) {
+    nk::with_dtype<float, nk::float16, nk::bfloat16>(dtype, [&]<class S>() {
+      const Probabilities<S> from{static_cast<const S*>(prob), prob_at.n, size, walk, thresh};
       choose_keys(from, scratch, N, stream);
-    }
-    return 0;
-  });
-  return nk::with_float(delta_dtype, [&](auto* type) {
-    using D = std::remove_pointer_t<decltype(type)>;
+    });
+  }
+  nk::with_dtype<float, nk::float16, nk::bfloat16>(delta_dtype, [&]<class D>() {
     const nk::RowWriter<D> write_row{
-        static_cast<const D*>(delta), delta_stride[0], delta_stride[1], delta_stride[2], anchor, im_info, A, C, P, bbox,
-        score, cls};
+        static_cast<const D*>(delta), delta_at, anchor, im_info, A, C, P, bbox, score, cls};
     NK_LAUNCH(
         (write_rows<D>), nk::grid_of(nk::ceil_div(N * T, nk::kBlock)), nk::kBlock, 0, stream, write_row, scratch, N, T);
-    return nk::launch_status();
   });
+  return nk::launch_status();
 }

@@ -1,32 +1,34 @@
-/* nk_nms on the GPU: a block an image. Hard: the candidates are sorted, then decided a block's width at a time, first
- * against all boxes kept before, then one after another against each other. Soft: a pass over the boxes for every one
- * kept. */
+/* nk_nms on the GPU, one block per image. N images, M boxes, D detections kept.
+ *
+ * Hard: the candidates are sorted and decided in chunks of one box per thread, first against all boxes kept from
+ * earlier chunks, then one after another against each other. Soft: one pass over all boxes per kept box.
+ */
 #include "bitonic_sort.cuh"
 #include "nms.h"
 
 namespace {
 
-constexpr int kThreads = 512;  // an image has one block alone, which must hide its own waiting
+constexpr int kThreads = 512;  // more than kBlock: the only block of an image has to hide its own latency
 
-/* A box with what is compared of it. */
 struct alignas(16) Candidate {
   nk::Box<float> box;
   float area;
   int64_t cls;
 };
 
-/* What is asked, of every image. */
+/* The inputs, settings and outputs of all images. */
 struct Images {
-  const float *bbox, *score;
-  const int64_t* cls;
+  const float* bbox;   // (N, M, 4)
+  const float* score;  // (N, M)
+  const int64_t* cls;  // (N, M)
   int64_t N, M;
   float offset, min_score;
   int64_t D;
-  int64_t* index;
-  float* kept_score;
+  int64_t* index;     // (N, D)
+  float* kept_score;  // (N, D)
 };
 
-/* The workspace of an image: the keys, then the boxes kept. */
+/* The workspace of an image holds the keys, then the kept boxes. */
 NK_HD int64_t key_count(int64_t M) { return nk::power_of_two(M < 2 ? 2 : M); }
 
 NK_HD int64_t image_bytes(int64_t M) {
@@ -35,7 +37,8 @@ NK_HD int64_t image_bytes(int64_t M) {
 
 /* One image and its workspace. */
 struct Image {
-  const float *bbox, *score;
+  const float* bbox;
+  const float* score;
   const int64_t* cls;
   int64_t* index;
   float* kept_score;
@@ -53,9 +56,9 @@ struct Image {
     return {box, nk::area(box, offset), cls[i]};
   }
 
-  __device__ void keep(int64_t place, uint32_t i, float its_score) const {
+  __device__ void keep(int64_t place, uint32_t i, float last_score) const {
     index[place] = i;
-    kept_score[place] = its_score;
+    kept_score[place] = last_score;
   }
 };
 
@@ -66,20 +69,21 @@ __device__ void fill_rest(const Image& image, int64_t kept, int64_t D) {
   }
 }
 
-/* The keys of the boxes with a score above min_score, in any order. Returns how many. */
+/* Write the keys of the boxes with a score above min_score, in any order. Return their number. */
 __device__ int64_t find_candidates(const Image& image, int64_t M, float min_score) {
   __shared__ unsigned int found;
   if (threadIdx.x == 0) found = 0;
   __syncthreads();
   for (int64_t i = threadIdx.x; i < M; i += kThreads) {
-    if (image.score[i] > min_score)
+    if (image.score[i] > min_score) {
       image.key[atomicAdd(&found, 1u)] = nk::order_key(image.score[i], static_cast<uint32_t>(i));
+    }
   }
   __syncthreads();
-  return found;  // which stays: the sort waits before there is another image
+  return found;  // not overwritten by the next image before all threads have read it: the sort synchronises
 }
 
-/* Sorts the keys, filled up to a power of two. */
+/* Sort K keys, padded to a power of two. */
 __device__ void sort_keys(uint64_t* key, int64_t K) {
   const int64_t size = key_count(K);
   for (int64_t k = K + threadIdx.x; k < size; k += kThreads) key[k] = nk::kNoBox;
@@ -94,7 +98,7 @@ __global__ void hard_kernel(Images all, float thr, unsigned char* workspace) {
     const Image image(all, workspace, n);
     const int64_t K = find_candidates(image, all.M, all.min_score);
     sort_keys(image.key, K);
-    int64_t kept = 0;  // the same number in every thread
+    int64_t kept = 0;  // the same in every thread
     for (int64_t first = 0; first < K && kept < all.D; first += kThreads) {
       const int width = static_cast<int>(K - first < kThreads ? K - first : kThreads);
       const uint32_t i = nk::index_of(image.key[first + (t < width ? t : 0)]);
@@ -107,7 +111,7 @@ __global__ void hard_kernel(Images all, float thr, unsigned char* workspace) {
       chunk[t] = mine;
       alive[t] = stays;
       __syncthreads();
-      // Who is alive at its turn stays so. Only a box that is kept changes who is, so only then do the threads wait.
+      // A box that is alive at its turn is kept. Only kept boxes change `alive`, so the threads synchronise only then.
       for (int turn = 0; turn < width && kept < all.D; ++turn) {
         if (!alive[turn]) continue;
         if (t == turn) {
@@ -125,14 +129,15 @@ __global__ void hard_kernel(Images all, float thr, unsigned char* workspace) {
   }
 }
 
-/* The least of every thread's key, on every thread. */
+/* Return the minimum of the keys of all threads, on every thread. */
 __device__ uint64_t least_key(uint64_t key) {
   __shared__ uint64_t least[kThreads];
   least[threadIdx.x] = key;
   __syncthreads();
   for (unsigned int half = kThreads / 2; half > 0; half /= 2) {
-    if (threadIdx.x < half && least[threadIdx.x + half] < least[threadIdx.x])
+    if (threadIdx.x < half && least[threadIdx.x + half] < least[threadIdx.x]) {
       least[threadIdx.x] = least[threadIdx.x + half];
+    }
     __syncthreads();
   }
   const uint64_t found = least[0];
@@ -144,16 +149,16 @@ template <class Decay>
 __global__ void soft_kernel(Images all, Decay decay, unsigned char* workspace) {
   for (int64_t n = blockIdx.x; n < all.N; n += gridDim.x) {
     const Image image(all, workspace, n);
-    float* score = reinterpret_cast<float*>(image.key);  // as lowered; a thread touches its own alone
+    float* score = reinterpret_cast<float*>(image.key);  // lowered scores; a thread accesses those of its own boxes
     uint64_t best = nk::kNoBox;                          // of this thread's boxes
     for (int64_t i = threadIdx.x; i < all.M; i += kThreads) {
       const bool candidate = image.score[i] > all.min_score;
       const uint64_t key = nk::order_key(image.score[i], static_cast<uint32_t>(i));
-      score[i] = candidate ? image.score[i] : nk::kOut;
+      score[i] = candidate ? image.score[i] : nk::kRemoved;
       if (candidate && key < best) best = key;
     }
-    int64_t kept = 0;  // the same number in every thread
-    for (; kept < all.D; ++kept) {
+    int64_t kept = 0;  // the same in every thread
+    while (kept < all.D) {
       best = least_key(best);
       if (best == nk::kNoBox) break;
       const uint32_t chosen = nk::index_of(best);
@@ -162,15 +167,16 @@ __global__ void soft_kernel(Images all, Decay decay, unsigned char* workspace) {
       for (int64_t i = threadIdx.x; i < all.M; i += kThreads) {
         if (i == chosen) {
           image.keep(kept, chosen, score[i]);
-          score[i] = nk::kOut;
-        } else if (image.cls[i] == other.cls && score[i] > nk::kOut) {
+          score[i] = nk::kRemoved;
+        } else if (image.cls[i] == other.cls && score[i] > nk::kRemoved) {
           const nk::Box<float> box = nk::load_box(image.bbox + 4 * i);
           const float iou = nk::iou(box, nk::area(box, all.offset), other.box, other.area, all.offset);
           score[i] = nk::decayed(decay, score[i], iou, all.min_score);
         }
         const uint64_t key = nk::order_key(score[i], static_cast<uint32_t>(i));
-        if (score[i] > nk::kOut && key < best) best = key;
+        if (score[i] > nk::kRemoved && key < best) best = key;
       }
+      ++kept;
     }
     fill_rest(image, kept, all.D);
   }
@@ -189,11 +195,12 @@ int32_t nk_nms(
   unsigned char* scratch = static_cast<unsigned char*>(workspace);
   const unsigned int grid = nk::grid_of(N);
   const cudaStream_t stream = nk::stream_of(where);
-  if (method == NK_NMS_HARD)
-    NK_LAUNCH((hard_kernel), grid, kThreads, 0, stream, all, thr, scratch);
-  else if (method == NK_NMS_LINEAR)
+  if (method == NK_NMS_HARD) {
+    NK_LAUNCH(hard_kernel, grid, kThreads, 0, stream, all, thr, scratch);
+  } else if (method == NK_NMS_LINEAR) {
     NK_LAUNCH((soft_kernel<nk::LinearDecay>), grid, kThreads, 0, stream, all, nk::LinearDecay{thr}, scratch);
-  else
+  } else {
     NK_LAUNCH((soft_kernel<nk::GaussianDecay>), grid, kThreads, 0, stream, all, nk::GaussianDecay{sigma}, scratch);
+  }
   return nk::launch_status();
 }
