@@ -61,7 +61,7 @@ def train(data_root: Path, steps: int, *overrides: str, engine: str = "mxnet") -
         trainer, _ = torch_engine.build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None)
     batches, first = list(iter_steps(loader)), loader.iter_per_epoch - steps
     values = [trainer.step(batches[step], step).values.tolist() for step in range(first, first + steps)]
-    return values, trainer.module.state_dict(), trainer.state()
+    return values, trainer.weights(), trainer.state()
 
 
 def iter_steps(loader: Any) -> Any:
