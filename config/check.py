@@ -1,4 +1,4 @@
-"""Refusals that need more than one field's type: ranges, and fields that contradict each other.
+"""Refusals that need more than one field's type: its bounds, and the rules between fields.
 
 Every message names the field, what it holds and what to write instead.
 """
@@ -6,72 +6,15 @@ Every message names the field, what it holds and what to write instead.
 from __future__ import annotations
 
 from itertools import pairwise
-from operator import attrgetter
 
 from config.schema import AnchorGenerate, Config
-from config.section import leaves
-
-_AT_LEAST_ONE = (
-    "OptimizeParam.accumulate",
-    "OptimizeParam.schedule.end_epoch",
-    "General.batch_image",
-    "General.log_frequency",
-    "KvstoreParam.processes",
-    "KvstoreParam.machines",
-    "BackboneParam.num_filter",
-    "NeckParam.dim_reduced",
-    "NeckParam.num_stage",
-    "RpnParam.head.conv_channel",
-    "RpnParam.head.num_conv",
-    "RpnParam.proposal.pre_nms_top_n",
-    "DatasetParam.bad_image_limit",
-    "TestParam.batch_image",
-    "TestParam.max_det_per_image",
-    "ResizeParam.short",
-    "ResizeParam.long",
-    "PadParam.max_num_gt",
-)
-_AT_LEAST_ZERO = (
-    "General.seed",
-    "General.loader_worker",
-    "General.keep_checkpoints",
-    "General.checkpoint_minutes",
-    "NormalizeParam.wd_mult",
-    "NormalizeParam.lr_mult",
-    "RpnParam.focal_loss.gamma",
-    "OptimizeParam.optimizer.wd",
-    "OptimizeParam.warmup.epoch",
-    "TestParam.eval_epoch",
-    "AnchorTarget2DParam.assign.allowed_border",
-)
-_ABOVE_ZERO = (
-    "NormalizeParam.eps",
-    "OptimizeParam.optimizer.lr_per_image",
-    "OptimizeParam.optimizer.lr",
-    "OptimizeParam.optimizer.clip_gradient",
-    "OptimizeParam.schedule.lr_factor",
-    "ResizeParam.scale_min",
-    "TestParam.nms.sigma",
-)
-_ZERO_TO_ONE = (
-    "RpnParam.proposal.min_det_score",
-    "RpnParam.focal_loss.alpha",
-    "NormalizeParam.momentum",
-    "OptimizeParam.optimizer.momentum",
-    "OptimizeParam.warmup.lr_factor",
-    "TestParam.min_det_score",
-    "TestParam.nms.thr",
-    "TestParam.nms.min_score",
-    "AnchorTarget2DParam.assign.pos_thr",
-    "AnchorTarget2DParam.assign.neg_thr",
-    "AnchorTarget2DParam.assign.min_pos_thr",
-)
+from config.section import Bound, leaves
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for the first field that cannot work, before anything is derived."""
+    """Raise ValueError for the first field that cannot work, before anything is derived."""
     _check_required(config)
-    _check_ranges(config)
+    _check_bounds(config)
     _check_run(config)
     _check_network(config)
     _check_memonger(config)
@@ -86,18 +29,12 @@ def _check_required(config: Config) -> None:
             raise ValueError(f"{key} is not set; the config file must, such as {entry.metadata['required']}")
 
 
-def _check_ranges(config: Config) -> None:
-    rules = (
-        (_AT_LEAST_ONE, "at least 1", lambda value: value >= 1),
-        (_AT_LEAST_ZERO, "0 or more", lambda value: value >= 0),
-        (_ABOVE_ZERO, "more than 0", lambda value: value > 0),
-        (_ZERO_TO_ONE, "0 to 1", lambda value: 0 <= value <= 1),
-    )
-    for keys, expected, holds in rules:
-        for key in keys:
-            value = attrgetter(key)(config)
-            if value is not None and not holds(value):
-                raise ValueError(f"{key}: expected {expected}, got {value!r}")
+def _check_bounds(config: Config) -> None:
+    for key, section, entry in leaves(config):
+        bound: Bound | None = entry.metadata.get("bound")
+        value = getattr(section, entry.name) if bound is not None else None
+        if bound is not None and value is not None and not bound.holds(value):
+            raise ValueError(f"{key}: expected {bound.expected}, got {value!r}")
 
 
 def _check_run(config: Config) -> None:

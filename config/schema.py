@@ -1,11 +1,12 @@
 """What an experiment is: one typed tree, a section per concern.
 
 Section and field names are SimpleDet's. A `derived` field is filled by `config.derive` from the fields that
-it follows from; it cannot be set. A `required` field has no default: the config file sets it. Boxes are xyxy
+it follows from; it cannot be set. A `required` field has no default: the config file sets it. `at_least`, `above` and
+`between` give a field's bounds and its default. Boxes are xyxy
 in input pixels with inclusive corners; sizes are input pixels.
 """
 
-# ruff: noqa: RUF009 (derived and required return dataclass fields)
+# ruff: noqa: RUF009 (derived, required and the bounds return dataclass fields)
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from config.image_set import ImageSet
-from config.section import Section, derived, required
+from config.section import Section, above, at_least, between, derived, required
 from models.record import BatchTransform
 from symbol import Symbol
 
@@ -25,16 +26,18 @@ class General(Section):
 
     name: str | None = None  # folder under output_root; None: the config file's stem
     output_root: str = "experiments"
-    batch_image: int = 8  # images per device and step
+    batch_image: int = at_least(1, 8)  # images per device and step
     fp16: bool = True  # half precision: in float16, with a loss scale that adapts
     bf16: bool = False  # in bfloat16 instead
     tf32: bool | None = None  # float32 convolutions on a GPU in TF32; None: in runs that compute in a half type
     deterministic: bool = False  # on a GPU: equal steps give equal bits, at some cost in speed
-    seed: int = 0
-    keep_checkpoints: int = 0  # epochs whose weights stay, the last ones; 0: all
-    checkpoint_minutes: float = 0.0  # also a checkpoint every so many minutes; 0: when an epoch or the run ends
-    log_frequency: int = 10  # steps between two log lines
-    loader_worker: int = 4  # decoding processes; 0 decodes in the training process
+    seed: int = at_least(0, 0)
+    keep_checkpoints: int = at_least(0, 0)  # epochs whose weights stay, the last ones; 0: all
+    checkpoint_minutes: float = at_least(
+        0, 0.0
+    )  # between checkpoints; 0: when an epoch or the run ends
+    log_frequency: int = at_least(1, 10)  # steps between two log lines
+    loader_worker: int = at_least(0, 4)  # decoding processes; 0 decodes in the training process
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,8 +46,8 @@ class KvstoreParam(Section):
 
     kvstore: Literal["local", "device", "dist_sync"] = "local"  # dist_sync: several machines, under torchrun
     gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of each machine; () trains on the CPU
-    processes: int = 1  # on the CPU, where gpus is (); with engine mxnet devices of one process
-    machines: int = 1
+    processes: int = at_least(1, 1)  # on the CPU, where gpus is (); with engine mxnet devices of one process
+    machines: int = at_least(1, 1)
     num_device: int = derived("gpus, processes and machines of KvstoreParam")
     batch_image: int = derived("General.batch_image")
     fp16: bool = derived("General.fp16 and bf16")
@@ -55,10 +58,10 @@ class NormalizeParam(Section):
     """Batch normalisation of backbone, neck and head."""
 
     type: Literal["localbn", "syncbn", "fixbn"] = "localbn"
-    wd_mult: float = 0.0  # weight decay of gamma and beta, times OptimizeParam.optimizer.wd
-    momentum: float = 0.9  # of the moving statistics; more where a level has few cells in a batch
-    eps: float = 1e-5  # added to the variance
-    lr_mult: float = 1.0  # learning rate of gamma and beta, times that of the step; 0: they stay as loaded
+    wd_mult: float = at_least(0, 0.0)  # weight decay of gamma and beta, times OptimizeParam.optimizer.wd
+    momentum: float = between(0, 1, 0.9)  # of the moving statistics; more where a level has few cells in a batch
+    eps: float = above(0, 1e-5)  # added to the variance
+    lr_mult: float = at_least(0, 1.0)  # learning rate of gamma and beta, times that of the step; 0: they stay as loaded
     normalizer: Callable[..., Symbol] = derived("the other fields of NormalizeParam and KvstoreParam.num_device")
 
 
@@ -67,7 +70,7 @@ class BackboneParam(Section):
     """The ResNet; ModelParam.backbone says whether v1b (stride on the 3x3 convolution) or v1 (on the first 1x1)."""
 
     depth: Literal[18, 34, 50, 101, 152] = 50
-    num_filter: int = 64  # channels of the stem; every stage follows from it
+    num_filter: int = at_least(1, 64)  # channels of the stem; every stage follows from it
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
     fp16: bool = derived("General.fp16 and bf16")
 
@@ -76,8 +79,8 @@ class BackboneParam(Section):
 class NeckParam(Section):
     """The stacked pyramid."""
 
-    dim_reduced: int = 256  # channels of every level
-    num_stage: int = 7  # repeats of the pyramid
+    dim_reduced: int = at_least(1, 256)  # channels of every level
+    num_stage: int = at_least(1, 7)  # repeats of the pyramid
     S0_kernel: int = 1  # kernel of the lateral convolutions
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
     fp16: bool = derived("General.fp16 and bf16")
@@ -92,22 +95,22 @@ class AnchorGenerate(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Head(Section):
-    conv_channel: int = 256
-    num_conv: int = 4  # convolutions before the prediction, in each subnet
+    conv_channel: int = at_least(1, 256)
+    num_conv: int = at_least(1, 4)  # convolutions before the prediction, in each subnet
 
 
 @dataclass(kw_only=True, slots=True)
 class Proposal(Section):
-    pre_nms_top_n: int = 1000  # candidates kept per level
-    min_det_score: float = 0.05  # candidates below are dropped (0 on the coarsest level)
+    pre_nms_top_n: int = at_least(1, 1000)  # candidates kept per level
+    min_det_score: float = between(0, 1, 0.05)  # candidates below are dropped (0 on the coarsest level)
 
 
 @dataclass(kw_only=True, slots=True)
 class FocalLoss(Section):
     """Lin et al. 2017, "Focal Loss for Dense Object Detection", equation 5."""
 
-    alpha: float = 0.25
-    gamma: float = 2.0
+    alpha: float = between(0, 1, 0.25)
+    gamma: float = at_least(0, 2.0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -132,7 +135,7 @@ class DatasetParam(Section):
     data_root: str = "data"
     flip: bool = True  # training: an epoch has every image twice, once flipped
     bad_image: Literal["stop", "skip"] = "stop"  # training, at a file that cannot be read; skip: another stands in
-    bad_image_limit: int = 100  # files that may be skipped in one process
+    bad_image_limit: int = at_least(1, 100)  # files that may be skipped in one process
     class_names: tuple[str, ...] = derived("DatasetParam.image_set")  # empty where no annotations lie on disk
 
 
@@ -163,30 +166,30 @@ class ModelParam(Section):
 @dataclass(kw_only=True, slots=True)
 class Optimizer(Section):
     type: Literal["sgd"] = "sgd"
-    lr_per_image: float = 0.01 / 8  # the linear rule: lr = lr_per_image * step_image
-    lr: float | None = None  # None: by the linear rule
-    momentum: float = 0.9
-    wd: float = 1e-4
-    clip_gradient: float | None = None  # each gradient element is clipped to [-clip, clip]
+    lr_per_image: float = above(0, 0.01 / 8)  # the linear rule: lr = lr_per_image * step_image
+    lr: float | None = above(0, None)  # None: by the linear rule
+    momentum: float = between(0, 1, 0.9)
+    wd: float = at_least(0, 1e-4)
+    clip_gradient: float | None = above(0, None)  # each gradient element is clipped to [-clip, clip]
 
 
 @dataclass(kw_only=True, slots=True)
 class Schedule(Section):
-    end_epoch: int = 25
+    end_epoch: int = at_least(1, 25)
     lr_epoch: tuple[float, ...] = (15.0, 20.0)  # epochs after which lr is multiplied by lr_factor
-    lr_factor: float = 0.1
+    lr_factor: float = above(0, 0.1)
 
 
 @dataclass(kw_only=True, slots=True)
 class Warmup(Section):
     type: Literal["gradual"] = "gradual"
-    epoch: float = 1.0  # length
-    lr_factor: float = 0.1  # lr starts at lr_factor * lr
+    epoch: float = at_least(0, 1.0)  # length
+    lr_factor: float = between(0, 1, 0.1)  # lr starts at lr_factor * lr
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizeParam(Section):
-    accumulate: int = 1  # batches of General.batch_image that a device adds up for one update
+    accumulate: int = at_least(1, 1)  # batches of General.batch_image that a device adds up for one update
     step_image: int = derived("General.batch_image, KvstoreParam.num_device and OptimizeParam.accumulate")
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
@@ -205,9 +208,9 @@ class Nms(Section):
     lower their scores (Bodla et al. 2017, "Soft-NMS")."""
 
     type: Literal["nms", "soft_linear", "soft_gaussian"] = "nms"
-    thr: float = 0.5  # inclusive IoU above is suppressed, per class; soft_gaussian has no use for it
-    sigma: float = 0.5  # soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma)
-    min_score: float = 0.001  # soft: detections whose score falls to it are out
+    thr: float = between(0, 1, 0.5)  # inclusive IoU above is suppressed, per class; soft_gaussian has no use for it
+    sigma: float = above(0, 0.5)  # soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma)
+    min_score: float = between(0, 1, 0.001)  # soft: detections whose score falls to it are out
 
 
 @dataclass(kw_only=True, slots=True)
@@ -219,10 +222,10 @@ class Coco(Section):
 class TestParam(Section):
     """Testing, also between training epochs."""
 
-    min_det_score: float = 0.0
-    max_det_per_image: int = 100
-    batch_image: int = 1
-    eval_epoch: int = 0  # evaluate every so many epochs while training; 0: never
+    min_det_score: float = between(0, 1, 0.0)
+    max_det_per_image: int = at_least(1, 100)
+    batch_image: int = at_least(1, 1)
+    eval_epoch: int = at_least(0, 0)  # evaluate every so many epochs while training; 0: never
     eval_image_set: str | ImageSet | None = None  # on these images
     model: TestModel = field(default_factory=TestModel)
     nms: Nms = field(default_factory=Nms)
@@ -239,9 +242,9 @@ class NormParam(Section):
 class ResizeParam(Section):
     """The input size. Sides are multiples of 128, the coarsest stride."""
 
-    short: int = 640
-    long: int = 640
-    scale_min: float = 0.8  # training scales the image to fit, times U(scale_min, scale_max)
+    short: int = at_least(1, 640)
+    long: int = at_least(1, 640)
+    scale_min: float = above(0, 0.8)  # training scales the image to fit, times U(scale_min, scale_max)
     scale_max: float = 1.2
 
 
@@ -249,7 +252,7 @@ class ResizeParam(Section):
 class PadParam(Section):
     short: int = derived("ResizeParam.short")
     long: int = derived("ResizeParam.long")
-    max_num_gt: int = 100  # boxes per image; of more, the largest stay
+    max_num_gt: int = at_least(1, 100)  # boxes per image; of more, the largest stay
 
 
 @dataclass(kw_only=True, slots=True)
@@ -263,10 +266,10 @@ class Generate(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Assign(Section):
-    allowed_border: float = 9999.0
-    pos_thr: float = 0.5
-    neg_thr: float = 0.5
-    min_pos_thr: float = 0.0
+    allowed_border: float = at_least(0, 9999.0)
+    pos_thr: float = between(0, 1, 0.5)
+    neg_thr: float = between(0, 1, 0.5)
+    min_pos_thr: float = between(0, 1, 0.0)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, field, fields
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 
 from config.field_type import convert, describe
@@ -20,6 +20,35 @@ def derived(source: str) -> Any:
 def required(example: str) -> Any:
     """A field without a default, which the config file must set. `example` is a line that does."""
     return field(default=_UNSET, repr=False, compare=False, metadata={"required": example})
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The values that a number may have, and the words for them."""
+
+    expected: str
+    holds: Callable[[float], bool]
+
+
+def at_least(lowest: float, default: Any) -> Any:
+    """A field of `lowest` or more."""
+    expected = f"at least {lowest}" if lowest else "0 or more"
+    return _bounded(Bound(expected, lambda value: value >= lowest), default)
+
+
+def above(limit: float, default: Any) -> Any:
+    """A field of more than `limit`."""
+    return _bounded(Bound(f"more than {limit}", lambda value: value > limit), default)
+
+
+def between(lowest: float, highest: float, default: Any) -> Any:
+    """A field from `lowest` to `highest`, both included."""
+    return _bounded(Bound(f"{lowest} to {highest}", lambda value: lowest <= value <= highest), default)
+
+
+def _bounded(bound: Bound, default: Any) -> Any:
+    """A field with bounds, which `config.check` holds once the file and the overrides have set it; None is allowed."""
+    return field(default=default, metadata={"bound": bound})
 
 
 class Section:
