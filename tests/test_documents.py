@@ -84,5 +84,5 @@ def test_the_file_map_names_every_folder_and_no_other() -> None:
     lines = [line for line in file_map.split("```")[1].splitlines() if re.match(r"\w+/ ", line)]
     assert sorted(line.split("/")[0] for line in lines) == sorted(FOLDERS)
     for line in lines:
-        folder, *inside = re.findall(r"(?<!\S)(\w+)/(?=[\s,:]|$)", line)
+        folder, *inside = re.findall(r"(?<!\S)(\w+)/(?=[\s,:;]|$)", line)
         assert [name for name in inside if not (ROOT / folder / name).is_dir()] == [], line
