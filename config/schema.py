@@ -33,9 +33,7 @@ class General(Section):
     deterministic: bool = False  # on a GPU: equal steps give equal bits, at some cost in speed
     seed: int = at_least(0, 0)
     keep_checkpoints: int = at_least(0, 0)  # epochs whose weights stay, the last ones; 0: all
-    checkpoint_minutes: float = at_least(
-        0, 0.0
-    )  # between checkpoints; 0: when an epoch or the run ends
+    checkpoint_minutes: float = at_least(0, 0.0)  # between checkpoints; 0: when an epoch or the run ends
     log_frequency: int = at_least(1, 10)  # steps between two log lines
     loader_worker: int = at_least(0, 4)  # decoding processes; 0 decodes in the training process
 
