@@ -90,7 +90,7 @@ def test_deeper_ones(v1_file: Path, name: str, depth: int) -> None:
 
 def test_basic_blocks_are_v1b(v1_file: Path) -> None:
     v1_file.write_text(v1_file.read_text().replace("MSRAResNet50V1FPN", "MSRAResNet18V1FPN"))
-    with pytest.raises(ValueError, match=r"expected one of 50, 101, 152 for ResNet v1, got 18.*take the v1b backbone"):
+    with pytest.raises(ValueError, match=r"expected one of 50, 101, 152 for ResNet v1, got 18.*use the v1b backbone"):
         load_config(v1_file, True, without_data(v1_file))
 
 
