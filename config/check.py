@@ -1,6 +1,6 @@
-"""Refusals that need more than one field's type: its bounds, and the rules between fields.
+"""Validation beyond field types: required fields, bounds, and rules between fields.
 
-Every message names the field, what it holds and what to write instead.
+Every message names the field, its value and a valid replacement.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from config.section import Bound, leaves
 
 
 def check(config: Config) -> None:
-    """Raise ValueError for the first field that cannot work, before anything is derived."""
+    """Raise ValueError for the first invalid field. Runs before any field is derived."""
     _check_required(config)
     _check_bounds(config)
     _check_run(config)
@@ -26,7 +26,7 @@ def check(config: Config) -> None:
 def _check_required(config: Config) -> None:
     for key, section, entry in leaves(config):
         if "required" in entry.metadata and not hasattr(section, entry.name):
-            raise ValueError(f"{key} is not set; the config file must, such as {entry.metadata['required']}")
+            raise ValueError(f"{key} is not set; set it in the config file, such as {entry.metadata['required']}")
 
 
 def _check_bounds(config: Config) -> None:
@@ -42,11 +42,11 @@ def _check_run(config: Config) -> None:
         raise ValueError("General.name: expected a folder name or None (the config file's stem), got ''")
     gpus = config.KvstoreParam.gpus
     if len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus):
-        raise ValueError(f"KvstoreParam.gpus: expected different device numbers from 0 on, got {gpus}")
+        raise ValueError(f"KvstoreParam.gpus: expected distinct device numbers, 0 or more, got {gpus}")
     kvstore = config.KvstoreParam
     if gpus and kvstore.processes != 1:
         raise ValueError(
-            f"KvstoreParam.processes is {kvstore.processes}, which is for CPUs: write 1, or "
+            f"KvstoreParam.processes is {kvstore.processes}, but it applies to CPU training only: write 1, or "
             "train on the CPU with --gpus cpu"
         )
     if (kvstore.machines > 1) != (kvstore.kvstore == "dist_sync"):
@@ -57,20 +57,20 @@ def _check_run(config: Config) -> None:
     image_sets = config.DatasetParam.image_set
     if not image_sets or len(set(image_sets)) != len(image_sets):
         raise ValueError(
-            f"DatasetParam.image_set: expected one or more different image sets, such as "
+            f"DatasetParam.image_set: expected one or more distinct image sets, such as "
             f"('coco_train2017',), got {image_sets}"
         )
     if config.TestParam.eval_epoch and config.TestParam.eval_image_set is None:
         raise ValueError(
-            f"TestParam.eval_epoch is {config.TestParam.eval_epoch}, but there is nothing to evaluate on; "
-            f"name images, such as TestParam.eval_image_set='coco_val2017', or write TestParam.eval_epoch=0"
+            f"TestParam.eval_epoch is {config.TestParam.eval_epoch}, but no image set to evaluate is given; "
+            f"set one, such as TestParam.eval_image_set='coco_val2017', or write TestParam.eval_epoch=0"
         )
 
 
 def _check_network(config: Config) -> None:
     if config.NeckParam.S0_kernel < 1 or config.NeckParam.S0_kernel % 2 == 0:
         raise ValueError(
-            f"NeckParam.S0_kernel: expected an odd number (1, 3, ...), so that the sides stay; "
+            f"NeckParam.S0_kernel: expected an odd number (1, 3, ...), which preserves the feature map size; "
             f"got {config.NeckParam.S0_kernel}"
         )
     anchor = config.RpnParam.anchor_generate
@@ -80,27 +80,27 @@ def _check_network(config: Config) -> None:
     if anchor.stride != AnchorGenerate().stride:
         raise ValueError(
             f"RpnParam.anchor_generate.stride: expected {AnchorGenerate().stride}, the strides of the "
-            f"pyramid's levels, got {anchor.stride}; for other box sizes change anchor_generate.scale"
+            f"pyramid's levels, got {anchor.stride}; to change the anchor sizes, set anchor_generate.scale"
         )
     model = config.ModelParam
     if config.NormalizeParam.type == "fixbn" and model.from_scratch and model.init_from is None:
         raise ValueError(
-            "NormalizeParam.type=fixbn keeps the statistics that come with pretrained weights, and "
-            "ModelParam.from_scratch=True has none: random weights would grow without bound; write "
+            "NormalizeParam.type=fixbn uses the statistics of pretrained weights, but "
+            "ModelParam.from_scratch=True loads none: activations of random weights would diverge; write "
             "NormalizeParam.type=localbn"
         )
     num_class = config.RpnParam.num_class
     if num_class is not None and num_class < 2:
         raise ValueError(
             f"RpnParam.num_class: expected the foreground classes + 1, at least 2, got {num_class}; "
-            f"None counts them in the annotations"
+            f"with None they are counted in the annotations"
         )
 
 
 def _check_memonger(config: Config) -> None:
     model = config.ModelParam
     if model.memonger_budget is not None and not model.memonger_budget > 0:
-        raise ValueError(f"ModelParam.memonger_budget: expected GiB, more than 0, got {model.memonger_budget}")
+        raise ValueError(f"ModelParam.memonger_budget: expected more than 0 (GiB), got {model.memonger_budget}")
     for name, value in (("memonger_until", model.memonger_until), ("memonger_budget", model.memonger_budget)):
         if value is not None and not model.memonger:
             raise ValueError(
@@ -132,7 +132,7 @@ def _check_input(config: Config) -> None:
         )
     if config.RenameParam.mapping.get("image") != "data":
         raise ValueError(
-            f"RenameParam.mapping: expected 'image' to become 'data', the graph's input, got "
+            f"RenameParam.mapping: expected 'image' to be renamed to 'data', the graph's input, got "
             f"{config.RenameParam.mapping}"
         )
     if min(config.NormParam.std) <= 0:
@@ -155,13 +155,13 @@ def _check_schedule(config: Config) -> None:
     if not inside or any(first >= second for first, second in pairwise(schedule.lr_epoch)):
         steps = f"{0.6 * schedule.end_epoch:g},{0.8 * schedule.end_epoch:g}"
         raise ValueError(
-            f"OptimizeParam.schedule.lr_epoch: expected growing epochs between 0 and end_epoch "
-            f"({schedule.end_epoch}), got {schedule.lr_epoch}; write such as {steps} (the published "
+            f"OptimizeParam.schedule.lr_epoch: expected increasing epochs between 0 and end_epoch "
+            f"({schedule.end_epoch}), got {schedule.lr_epoch}; write for example {steps} (the published "
             f"fractions), or () for a constant lr"
         )
     first_change = min((*schedule.lr_epoch, schedule.end_epoch))
     if warmup.epoch > first_change:
         raise ValueError(
-            f"OptimizeParam.warmup.epoch: expected a warm-up that is over by epoch {first_change:g}, "
-            f"where lr_epoch or the training ends it, got {warmup.epoch:g}; write at most {first_change:g}"
+            f"OptimizeParam.warmup.epoch: expected a warm-up that ends by epoch {first_change:g}, "
+            f"the first of lr_epoch and end_epoch, got {warmup.epoch:g}; write at most {first_change:g}"
         )

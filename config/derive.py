@@ -1,4 +1,4 @@
-"""What follows from a config: one function a concern, each from fields that are already complete."""
+"""Derived fields of a config, one function per concern. Each reads only fields that are already complete."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from symbol.layers import normalizer_factory
 
 
 def derive(config: Config, stem: str, is_train: bool) -> None:
-    """Fills every derived field. `stem` is the config file's, the experiment's name where none is set.
+    """Fill every derived field.
 
-    Raises ValueError where the classes of the image sets contradict each other or RpnParam.num_class, and
-    FileNotFoundError where they cannot be counted.
+    stem: the config file's stem, which names the experiment if General.name is None.
+
+    Raises ValueError if the classes of the image sets differ from each other or from RpnParam.num_class, and
+    FileNotFoundError if they cannot be counted.
     """
     _derive_names(config, stem)
-    _derive_devices(config)
-    _derive_copies(config)
+    _derive_devices_and_precision(config)
     _derive_normalizer(config)
     _derive_feature_sides(config)
     _derive_classes(config)
@@ -34,8 +35,10 @@ def _derive_names(config: Config, stem: str) -> None:
     fill(config.TestParam.model, "prefix", str(prefix))
 
 
-def _derive_copies(config: Config) -> None:
-    fill(config.KvstoreParam, "batch_image", config.General.batch_image)
+def _derive_devices_and_precision(config: Config) -> None:
+    kvstore = config.KvstoreParam
+    fill(kvstore, "num_device", kvstore.machines * (len(kvstore.gpus) or kvstore.processes))
+    fill(kvstore, "batch_image", config.General.batch_image)
     for section in (config.KvstoreParam, config.BackboneParam, config.NeckParam, config.RpnParam):
         fill(section, "fp16", config.General.fp16 or config.General.bf16)
 
@@ -74,46 +77,43 @@ def _derive_classes(config: Config) -> None:
     if counted is None and given is None:
         counted = _published_classes(config)
     if given is None and counted is None:
-        wanted = resolve(config.DatasetParam.image_set[0], config.DatasetParam.data_root)
+        image_set = resolve(config.DatasetParam.image_set[0], config.DatasetParam.data_root)
         raise FileNotFoundError(
-            f"the classes of {wanted.name} cannot be counted: {wanted.annotation} does not exist; {wanted.remedy}; or "
-            "give the number of classes + 1 with RpnParam.num_class"
+            f"the classes of {image_set.name} cannot be counted: {image_set.annotation} does not exist; "
+            f"{image_set.remedy}; or set RpnParam.num_class to the number of classes + 1"
         )
     if given is not None and counted is not None and given != counted + 1:
+        image_sets = ", ".join(one if isinstance(one, str) else one.name for one in config.DatasetParam.image_set)
         raise ValueError(
-            f"RpnParam.num_class is {given}, but the images of {_shown(config)} have {counted} classes: "
-            f"write {counted + 1} (the background counts), or None to have them counted"
+            f"RpnParam.num_class is {given}, but the images of {image_sets} have {counted} classes: "
+            f"write {counted + 1} (the background counts as one), or None to count them automatically"
         )
     if counted is not None:
         config.RpnParam.num_class = counted + 1
 
 
-def _shown(config: Config) -> str:
-    return ", ".join(one if isinstance(one, str) else one.name for one in config.DatasetParam.image_set)
-
-
 def _annotated_classes(config: Config) -> tuple[str, ...] | None:
-    """The classes that all image sets of the experiment share; None where no annotation file lies on disk."""
+    """Return the classes shared by all image sets of the experiment; None if no annotation file exists on disk."""
     data, evaluated = config.DatasetParam, config.TestParam.eval_image_set
-    wanted = [*data.image_set, *([] if evaluated is None else [evaluated])]
+    image_sets = [*data.image_set, *([] if evaluated is None else [evaluated])]
     first, names = "", None
-    for image_set in [resolve(one, data.data_root) for one in wanted]:
+    for image_set in [resolve(one, data.data_root) for one in image_sets]:
         if not Path(image_set.annotation).is_file():
             continue
         found = class_names(image_set)
         if names is not None and found != names:
-            odd = sorted(set(found) ^ set(names)) or "the same names in another order"
+            difference = sorted(set(found) ^ set(names)) or "the same names in another order"
             raise ValueError(
                 f"DatasetParam.image_set: {first} has {len(names)} classes and {image_set.name} has "
-                f"{len(found)}, which differ in {odd}; image sets of one experiment "
-                f"(TestParam.eval_image_set too) need equal categories"
+                f"{len(found)}, which differ in {difference}; all image sets of an experiment "
+                f"(including TestParam.eval_image_set) need equal categories"
             )
         first, names = image_set.name, found
     return names
 
 
 def _published_classes(config: Config) -> int | None:
-    """What is known of the image sets without their files; None where nothing is known of one."""
+    """Return the published class count of the image sets, without their files; None if there is no single one."""
     published = [PUBLISHED.get(one) for one in config.DatasetParam.image_set if isinstance(one, str)]
     counts = {one.num_class for one in published if one is not None}
     return counts.pop() if len(counts) == 1 else None
@@ -145,8 +145,3 @@ def _derive_input(config: Config, is_train: bool) -> None:
     fill(config, "transform", config.get_transform(config, is_train))
     fill(config, "test_transform", config.get_transform(config, False))
     fill(config, "metric_list", config.get_metric(config))
-
-
-def _derive_devices(config: Config) -> None:
-    kvstore = config.KvstoreParam
-    fill(kvstore, "num_device", kvstore.machines * (len(kvstore.gpus) or kvstore.processes))

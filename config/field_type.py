@@ -1,4 +1,4 @@
-"""Does a value fit a field's annotation? For the kinds of annotations that `config.schema` uses."""
+"""Checks and conversions of values against field annotations, for the annotations used in `config.schema`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ _WORDS = {
     int: "an integer",
     float: "a finite number",
     bool: "True or False",
-    str: "a text",
+    str: "a string",
     type: "a class",
     NoneType: "None",
 }
 
 
 def convert(value: Any, hint: Any) -> Any:
-    """The value as the annotation wants it: an int becomes a float, a list a tuple.
+    """Return the value converted to the annotated type: int to float, list to tuple.
 
-    Raises TypeError where it does not fit.
+    Raises TypeError if it does not fit.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -47,7 +47,7 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def describe(hint: Any) -> str:
-    """What a user may write, for an error message."""
+    """Return a description of the accepted values, for error messages."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return " or ".join(describe(arg) for arg in args)

@@ -1,6 +1,6 @@
-"""Where the images and annotations of an image set lie, and which classes it has.
+"""Paths of an image set's images and annotations, and its classes.
 
-A dataset is a folder of the data root with COCO's layout:
+A dataset is a folder of the data root in COCO's layout:
 
     <data root>/<dataset>/annotations/instances_<split>.json   or image_info_<split>.json (no boxes)
     <data root>/<dataset>/images/<split>/
@@ -18,16 +18,18 @@ from typing import Any, Final
 
 @dataclass(frozen=True)
 class ImageSet:
-    """One COCO json and the folder that its file names are relative to."""
+    """A COCO annotation file and the folder that its image file names are relative to."""
 
     name: str
     annotation: str
     image_dir: str
-    by_name: bool = field(default=False, repr=False, compare=False)  # `resolve` found its paths in the data root
+    by_name: bool = field(
+        default=False, repr=False, compare=False
+    )  # paths were derived from the data root by `resolve`
 
     @property
     def remedy(self) -> str:
-        """What to do where its files are missing."""
+        """The advice for error messages about missing files."""
         if self.by_name:
             return "put the files there, or name the folder that holds them with --data-root (DatasetParam.data_root)"
         return "put the files there, or correct the path in the config's ImageSet (--data-root has no effect on it)"
@@ -35,10 +37,10 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Published:
-    """What is known of a public image set without its files."""
+    """Facts about a public image set that do not need its files."""
 
     num_class: int
-    num_image: int  # training splits: with at least one box to train on
+    num_image: int  # in training splits: images with at least one box to train on
 
 
 PUBLISHED: Final[Mapping[str, Published]] = {
@@ -52,19 +54,19 @@ PUBLISHED: Final[Mapping[str, Published]] = {
     "coco_minival2014": Published(num_class=80, num_image=4952),
 }
 
-# parts of val2014 that have annotations of their own, but no folder of images
+# subsets of val2014 with their own annotation files but no image folder
 _IMAGES: Final[Mapping[str, str]] = {"minival2014": "val2014", "valminusminival2014": "val2014"}
 
 
 def resolve(image_set: str | ImageSet, data_root: str) -> ImageSet:
-    """The paths of an image set; an `ImageSet` is returned as it is.
+    """Return an image set with its paths; an `ImageSet` is returned unchanged.
 
     `coco_train2017` is `<data root>/coco/annotations/instances_train2017.json` with
-    `<data root>/coco/images/train2017`. COCO publishes no boxes of its test splits: where
-    `instances_<split>.json` does not exist, a split `test...` is `image_info_<split>.json`; the images of
-    `test-dev2017` lie in `images/test2017`, those of `minival2014` and `valminusminival2014` in `images/val2014`.
+    `<data root>/coco/images/train2017`. COCO publishes no boxes for its test splits: if
+    `instances_<split>.json` does not exist, a split `test...` uses `image_info_<split>.json`. The images of
+    `test-dev2017` are in `images/test2017`, those of `minival2014` and `valminusminival2014` in `images/val2014`.
 
-    Missing files are reported by those who open them: `class_names` and `core.data.coco_index.open_index`.
+    Does not check that the files exist; `class_names` and `core.data.coco_index.open_index` do.
     Raises ValueError for a name that is not `<dataset>_<split>`.
     """
     if isinstance(image_set, ImageSet):
@@ -84,23 +86,23 @@ def resolve(image_set: str | ImageSet, data_root: str) -> ImageSet:
 
 
 def require_annotation(image_set: ImageSet) -> None:
-    """Raises FileNotFoundError, naming the first missing folder, where the json does not exist."""
+    """Raise FileNotFoundError, naming the first missing folder, if the annotation file does not exist."""
     if not Path(image_set.annotation).is_file():
         raise FileNotFoundError(_missing(image_set, "annotation file", image_set.annotation))
 
 
 def require_image_dir(image_set: ImageSet) -> None:
-    """Raises FileNotFoundError, naming the first missing folder, where the image folder does not exist."""
+    """Raise FileNotFoundError, naming the first missing folder, if the image folder does not exist."""
     if not Path(image_set.image_dir).is_dir():
         raise FileNotFoundError(_missing(image_set, "image folder", image_set.image_dir))
 
 
 def class_names(image_set: ImageSet) -> tuple[str, ...]:
-    """Names of the foreground classes 1..K, in the order of their sorted category ids.
+    """Return the names of the foreground classes 1..K, ordered by category id.
 
-    Only the `categories` array is parsed, so a json of hundreds of megabytes costs one scan of its bytes.
+    Only the `categories` array is parsed, so that a file of hundreds of megabytes takes one scan of its bytes.
 
-    Raises FileNotFoundError where the json is missing, ValueError where it is not COCO's.
+    Raises FileNotFoundError if the annotation file is missing, ValueError if it is not in COCO's format.
     """
     require_annotation(image_set)
     categories = _scan_categories(image_set.annotation)
@@ -111,17 +113,17 @@ def class_names(image_set: ImageSet) -> tuple[str, ...]:
 
 
 def read_json(path: str, object_hook: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file; `object_hook` as in `json.loads`.
+    """Return the JSON object in a file; `object_hook` as in `json.loads`.
 
-    Raises ValueError, naming the file and position, where there is none.
+    Raises ValueError, naming the file and position, if it holds none.
     """
     try:
         content = json.loads(_read_text(path), object_hook=object_hook)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{path}: not valid JSON ({error}); the file may be truncated: fetch or write it again"
+            f"{path}: not valid JSON ({error}); the file may be truncated: download or write it again"
         ) from None
-    except ValueError as error:  # the hook's, or a number of thousands of digits
+    except ValueError as error:  # raised by the hook, or by a number with thousands of digits
         raise ValueError(str(error) if path in str(error) else f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(
@@ -132,15 +134,15 @@ def read_json(path: str, object_hook: Callable[[dict[str, Any]], Any] | None = N
 
 
 def _read_text(path: str) -> str:
-    """As `json.loads` decodes bytes, which would stay in memory beside the text while it is parsed."""
+    """Return the text decoded as `json.loads` does, and free the bytes before the text is parsed."""
     content = Path(path).read_bytes()
     return content.decode(json.detect_encoding(content), "surrogatepass")
 
 
 def checked_categories(categories: Any, path: str) -> list[tuple[int, str]]:
-    """(category id, name), sorted by id. Raises ValueError where there are none, or two of one id."""
+    """Return (category id, name) pairs sorted by id. Raises ValueError if there are none, or two with one id."""
     if not isinstance(categories, list) or not categories:
-        found = "is missing or no list" if not isinstance(categories, list) else "is empty"
+        found = "is missing or not a list" if not isinstance(categories, list) else "is empty"
         raise ValueError(
             f"{path}: 'categories' {found}; expected a list such as [{{'id': 1, 'name': 'person'}}, ...] "
             f"with every class of the dataset"
@@ -150,10 +152,10 @@ def checked_categories(categories: Any, path: str) -> list[tuple[int, str]]:
         if not _is_category(category):
             raise ValueError(
                 f"{path}: categories[{i}] is {category!r:.200}; expected an object with an integer 'id' and "
-                f"a text 'name'"
+                f"a string 'name'"
             )
         if category["id"] in pairs:
-            raise ValueError(f"{path}: category id {category['id']} stands twice; ids must be unique")
+            raise ValueError(f"{path}: category id {category['id']} appears twice; ids must be unique")
         pairs[category["id"]] = category["name"]
     return sorted(pairs.items())
 
@@ -165,7 +167,7 @@ def _is_category(value: Any) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """False for half of a surrogate pair, which JSON can write and no file name or terminal can hold."""
+    """Return False for text with a lone surrogate, which JSON can encode but file names and terminals cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -180,7 +182,7 @@ def _missing(image_set: ImageSet, what: str, path: str) -> str:
 
 
 def _scan_categories(path: str) -> list[Any] | None:
-    """The value of the only `"categories"` key in a file; None where only a full parse can tell."""
+    """Return the value of the only `"categories"` key in a file; None if it takes a full parse to find it."""
     key = b'"categories"'
     with open(path, "rb") as file:
         if not file.seek(0, 2):
@@ -189,10 +191,10 @@ def _scan_categories(path: str) -> list[Any] | None:
             position = content.find(key)
             if position < 0 or content.find(key, position + 1) >= 0:
                 return None
-            tail = content[position + len(key) : position + (1 << 20)]  # COCO's take 4 kB
+            tail = content[position + len(key) : position + (1 << 20)]  # 4 kB in COCO
     text = tail.decode(errors="ignore").lstrip().removeprefix(":").lstrip()
     try:
         categories, _ = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):  # cut off, or what the full parse refuses with its reason
+    except (ValueError, RecursionError):  # truncated, or invalid: the full parse reports the reason
         return None
     return categories if isinstance(categories, list) and all(map(_is_category, categories)) else None

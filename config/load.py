@@ -1,4 +1,4 @@
-"""From a config file to a complete config."""
+"""Loading: from a config file to a complete config, and its text form."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from symbol.attributes import nearest
 
 
 def load_config(path: str | Path, is_train: bool, overrides: Sequence[str] = ()) -> Config:
-    """The config that a file's `get_config(is_train)` returns, changed by `overrides`, checked and completed.
+    """Return the config of a file's `get_config(is_train)`, with `overrides` applied, checked and completed.
 
-    path: a .py file, such as config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py, or one of SimpleDet's.
-    is_train: whether transforms, image sets and input names are those of training or of testing.
-    overrides: `Section.field=value`, see `config.overrides`. They are applied before anything is derived.
+    path: a .py file, such as config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py, or a SimpleDet config file.
+    is_train: selects the transforms, image sets and input names of training, else those of testing.
+    overrides: `Section.field=value`, see `config.overrides`; applied before any field is derived.
 
-    Raises FileNotFoundError for a missing file, and for annotations that the class count needs; ValueError,
-    which says what to write instead, for a file that does not run, and for a value that cannot work.
+    Raises FileNotFoundError for a missing file, and for missing annotations if the class count needs them;
+    ValueError, with the remedy, for a file that fails to run and for an invalid value.
     """
     config, translation = _run_config_file(str(path), is_train)
     apply_overrides(config, overrides)
@@ -45,10 +45,10 @@ def load_config(path: str | Path, is_train: bool, overrides: Sequence[str] = ())
 
 
 def format_config(config: Config) -> str:
-    """The complete tree, a line `Section.field = value` each. Notes, derived fields and classes are comments.
+    """Return the complete tree, one line `Section.field = value` per field.
 
-    Lines that are no comments are overrides, which give the same config again. A SimpleDet file's sides are shown as
-    padded; a note tells what images are scaled to.
+    Notes, derived fields and classes are comments. The other lines are valid overrides, which reproduce the config.
+    The input size of a SimpleDet file is shown after padding; a note states the size that images are scaled to.
     """
     lines = [f"# note: {note}" for note in config.notes]
     for key, section, entry in leaves(config):
@@ -84,7 +84,7 @@ def _run_config_file(path: str, is_train: bool) -> tuple[Config, Translation | N
     if not isinstance(config, Config):
         raise ValueError(
             f"{path}: get_config(is_train) must return a config.schema.Config, got {type(config).__name__}; "
-            f"a recipe such as config.NASFPN.recipe.retina_25epoch(is_train) gives one to change and return"
+            f"start from a recipe such as config.NASFPN.recipe.retina_25epoch(is_train), change it and return it"
         )
     return config, None
 
@@ -93,16 +93,20 @@ def _parse_config_file(path: str) -> ast.Module:
     try:
         return ast.parse(Path(path).read_bytes(), path)
     except FileNotFoundError:
-        raise FileNotFoundError(_missing(path)) from None
+        folder = Path(path).parent
+        message = f"config file {path} does not exist"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{message}, nor does the folder {folder}") from None
+        raise FileNotFoundError(f"{message}; nearest in {folder}: {_files(folder, Path(path).name)}") from None
     except IsADirectoryError:
         found = _files(Path(path))
-        raise ValueError(f"{path}: expected a config file (.py), got a folder; it holds {found}") from None
+        raise ValueError(f"{path}: expected a config file (.py), got a folder, which contains {found}") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{_locate(path, error)}: {_message(error)}") from error
 
 
 def _read_config_file(path: str, tree: ast.Module) -> Callable[[bool], Any]:
-    """The file's get_config. It is compiled here, not imported: its name need not be an identifier ('@')."""
+    """Return the file's get_config. The file is compiled, not imported: its name need not be an identifier ('@')."""
     module = ModuleType(Path(path).stem)
     module.__file__ = path
     if is_simpledet(tree):
@@ -118,7 +122,7 @@ def _read_config_file(path: str, tree: ast.Module) -> Callable[[bool], Any]:
 
 
 def _locate(path: str, error: Exception) -> str:
-    """The file, and its line that failed where one did."""
+    """Return the file's path, with the line that failed if there is one."""
     if isinstance(error, SyntaxError):
         return f"{error.filename}, line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
@@ -126,22 +130,15 @@ def _locate(path: str, error: Exception) -> str:
 
 
 def _message(error: Exception) -> str:
-    """What a section's refusal says stands alone; Python's own errors need their name to be understood."""
+    """Return the error's text. Messages of sections are complete; Python's own errors are prefixed with their type."""
     if isinstance(error, SyntaxError):
         return f"not valid Python: {error.msg}"
     plain = isinstance(error, ValueError | AttributeError)
     return str(error) if plain else f"{type(error).__name__}: {error}"
 
 
-def _missing(path: str) -> str:
-    folder = Path(path).parent
-    if not folder.is_dir():
-        return f"config file {path} does not exist, nor does the folder {folder}"
-    return f"config file {path} does not exist; nearest in {folder}: {_files(folder, Path(path).name)}"
-
-
 def _files(folder: Path, name: str = "") -> str:
-    """The config files of a folder that are most like `name`; recipes and other modules beside them are none."""
+    """Return the config files of a folder with names closest to `name`, without recipes and other modules."""
     found = [file.name for file in sorted(folder.glob("*.py")) if re.search(rb"^def get_config\b", _read(file), re.M)]
     return nearest(name, found) or "no config file (.py, with a function get_config)"
 
@@ -149,5 +146,5 @@ def _files(folder: Path, name: str = "") -> str:
 def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
-    except OSError:  # a folder of that name, or a link to nowhere
+    except OSError:  # a folder with this name, or a broken link
         return b""

@@ -1,4 +1,4 @@
-"""`--set Section.field=value`: changes a config before anything is derived from it."""
+"""Overrides, `--set Section.field=value`: changes to a config before any field is derived."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ _GPUS = "KvstoreParam.gpus"
 
 
 def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
-    """Sets each `Section.field=value` in order, a later one over an earlier.
+    """Apply each `Section.field=value` in order; later overrides take precedence.
 
-    A value is a Python literal, a bare word (a text), or `ImageSet(...)`. A field that holds a tuple also
-    takes `a,b`, one bare value, and nothing at all (empty); `KvstoreParam.gpus=cpu` is an empty tuple too.
+    A value is a Python literal, a bare word (a string), or `ImageSet(...)`. A tuple field also accepts `a,b`, one
+    bare value, and no value (an empty tuple); `KvstoreParam.gpus=cpu` is an empty tuple too.
 
-    Raises ValueError, naming the override and what to write, for an unknown key, a wrong type and a derived
-    field.
+    Raises ValueError, naming the override and the remedy, for an unknown key, a wrong type and a derived field.
     """
     for override in overrides:
         place = f"--set {override:.200}"
@@ -33,12 +32,12 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> None:
         section, name = _find(config, key, place)
         hint = field_types(type(section))[name]
         if not text and get_origin(hint) is not tuple:
-            raise ValueError(f"{place}: expected a value after '='; None and '' are values too")
+            raise ValueError(f"{place}: expected a value after '=', such as None or ''")
         assign(section, name, _parse(key, text, hint), place)
 
 
 def _find(config: Config, key: str, place: str) -> tuple[Section, str]:
-    """The section that holds a dotted key, and the key's last name."""
+    """Return the section that holds a dotted key, and the field's name."""
     *path, name = key.split(".")
     section: Section = config
     for depth, step in enumerate(path, start=1):
@@ -46,20 +45,20 @@ def _find(config: Config, key: str, place: str) -> tuple[Section, str]:
         if not isinstance(child, Section):
             if step in section.__dataclass_fields__:
                 whole = ".".join(path[:depth])
-                raise ValueError(f"{place}: {whole} is a value without fields; set it whole, as {whole}=...")
+                raise ValueError(f"{place}: {whole} is a value without fields; set all of it with {whole}=...")
             raise ValueError(f"{place}: unknown key '{key:.200}'; nearest: {_nearest_keys(config, key)}")
         section = child
     if name not in section.__dataclass_fields__:
         raise ValueError(f"{place}: unknown key '{key:.200}'; nearest: {_nearest_keys(config, key)}")
     target = getattr(section, name, None)
     if isinstance(target, Section):
-        below = ", ".join(_settable(target, f"{key}.")) or "none, all are derived"
+        below = ", ".join(_settable(target, f"{key}.")) or "none, all of them are derived"
         raise ValueError(f"{place}: {key} is a section; set one of its fields: {below}")
     return section, name
 
 
 def _nearest_keys(config: Config, key: str) -> str:
-    """Keys with the same last name, wherever they stand; failing these, the most similar ones."""
+    """Return the closest keys among those with the same field name; if there are none, among all keys."""
     keys = _settable(config)
     name = key.rpartition(".")[2]
     same = [leaf for leaf in keys if leaf.rpartition(".")[2] == name]
@@ -71,7 +70,7 @@ def _settable(section: Section, prefix: str = "") -> list[str]:
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:
-    """The first reading of the text that fits the annotation; the plainest one where none does."""
+    """Return the first interpretation of the text that fits the annotation, else the first of all."""
     readings = _readings(text)
     if get_origin(hint) is tuple:
         if not text or (key == _GPUS and text == "cpu"):
@@ -88,7 +87,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 
 def _readings(text: str) -> list[Any]:
-    """What a text can mean: a literal, else the text itself. A number may be meant as text (a name 2024)."""
+    """Return the interpretations of a text: a literal, else the text. A number can also be a string (a name 2024)."""
     try:
         value = _literal(ast.parse(text, mode="eval").body)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):

@@ -1,9 +1,8 @@
-"""What an experiment is: one typed tree, a section per concern.
+"""The schema of an experiment: one typed tree with a section per concern.
 
-Section and field names are SimpleDet's. A `derived` field is filled by `config.derive` from the fields that
-it follows from; it cannot be set. A `required` field has no default: the config file sets it. `at_least`, `above` and
-`between` give a field's bounds and its default. Boxes are xyxy
-in input pixels with inclusive corners; sizes are input pixels.
+Section and field names are SimpleDet's. A `derived` field is computed by `config.derive` from other fields and cannot
+be set. A `required` field has no default: the config file sets it. `at_least`, `above` and `between` give a field's
+bounds and its default. Boxes are xyxy in input pixels with inclusive corners; sizes are in input pixels.
 """
 
 # ruff: noqa: RUF009 (derived, required and the bounds return dataclass fields)
@@ -22,29 +21,29 @@ from symbol import Symbol
 
 @dataclass(kw_only=True, slots=True)
 class General(Section):
-    """The run as a whole."""
+    """Settings of the whole run."""
 
     name: str | None = None  # folder under output_root; None: the config file's stem
     output_root: str = "experiments"
-    batch_image: int = at_least(1, 8)  # images per device and step
-    fp16: bool = True  # half precision: in float16, with a loss scale that adapts
-    bf16: bool = False  # in bfloat16 instead
-    tf32: bool | None = None  # float32 convolutions on a GPU in TF32; None: in runs that compute in a half type
-    deterministic: bool = False  # on a GPU: equal steps give equal bits, at some cost in speed
+    batch_image: int = at_least(1, 8)  # images per device per step
+    fp16: bool = True  # half precision: float16 with dynamic loss scaling
+    bf16: bool = False  # bfloat16 instead of float16
+    tf32: bool | None = None  # float32 convolutions on a GPU in TF32; None: only in half-precision runs
+    deterministic: bool = False  # on a GPU: bitwise reproducible steps, at some cost in speed
     seed: int = at_least(0, 0)
-    keep_checkpoints: int = at_least(0, 0)  # epochs whose weights stay, the last ones; 0: all
-    checkpoint_minutes: float = at_least(0, 0.0)  # between checkpoints; 0: when an epoch or the run ends
-    log_frequency: int = at_least(1, 10)  # steps between two log lines
+    keep_checkpoints: int = at_least(0, 0)  # number of most recent epochs whose checkpoints are kept; 0: all
+    checkpoint_minutes: float = at_least(0, 0.0)  # between checkpoints; 0: at the end of an epoch or of the run
+    log_frequency: int = at_least(1, 10)  # steps between log lines
     loader_worker: int = at_least(0, 4)  # decoding processes; 0 decodes in the training process
 
 
 @dataclass(kw_only=True, slots=True)
 class KvstoreParam(Section):
-    """Where it runs."""
+    """Devices, processes and machines."""
 
     kvstore: Literal["local", "device", "dist_sync"] = "local"  # dist_sync: several machines, under torchrun
-    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # of each machine; () trains on the CPU
-    processes: int = at_least(1, 1)  # on the CPU, where gpus is (); with engine mxnet devices of one process
+    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # device numbers on each machine; () trains on the CPU
+    processes: int = at_least(1, 1)  # CPU training only (gpus is ()); with the mxnet engine: devices of one process
     machines: int = at_least(1, 1)
     num_device: int = derived("gpus, processes and machines of KvstoreParam")
     batch_image: int = derived("General.batch_image")
@@ -56,19 +55,19 @@ class NormalizeParam(Section):
     """Batch normalisation of backbone, neck and head."""
 
     type: Literal["localbn", "syncbn", "fixbn"] = "localbn"
-    wd_mult: float = at_least(0, 0.0)  # weight decay of gamma and beta, times OptimizeParam.optimizer.wd
-    momentum: float = between(0, 1, 0.9)  # of the moving statistics; more where a level has few cells in a batch
+    wd_mult: float = at_least(0, 0.0)  # weight decay of gamma and beta, relative to OptimizeParam.optimizer.wd
+    momentum: float = between(0, 1, 0.9)  # of the moving statistics; raise it if a level has few cells per batch
     eps: float = above(0, 1e-5)  # added to the variance
-    lr_mult: float = at_least(0, 1.0)  # learning rate of gamma and beta, times that of the step; 0: they stay as loaded
+    lr_mult: float = at_least(0, 1.0)  # learning rate of gamma and beta, relative to lr; 0: not trained
     normalizer: Callable[..., Symbol] = derived("the other fields of NormalizeParam and KvstoreParam.num_device")
 
 
 @dataclass(kw_only=True, slots=True)
 class BackboneParam(Section):
-    """The ResNet; ModelParam.backbone says whether v1b (stride on the 3x3 convolution) or v1 (on the first 1x1)."""
+    """The ResNet. ModelParam.backbone selects v1b (stride in the 3x3 convolution) or v1 (stride in the first 1x1)."""
 
     depth: Literal[18, 34, 50, 101, 152] = 50
-    num_filter: int = at_least(1, 64)  # channels of the stem; every stage follows from it
+    num_filter: int = at_least(1, 64)  # channels of the stem; those of all stages follow
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
     fp16: bool = derived("General.fp16 and bf16")
 
@@ -78,7 +77,7 @@ class NeckParam(Section):
     """The stacked pyramid."""
 
     dim_reduced: int = at_least(1, 256)  # channels of every level
-    num_stage: int = at_least(1, 7)  # repeats of the pyramid
+    num_stage: int = at_least(1, 7)  # repetitions of the pyramid
     S0_kernel: int = 1  # kernel of the lateral convolutions
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
     fp16: bool = derived("General.fp16 and bf16")
@@ -127,35 +126,35 @@ class RpnParam(Section):
 
 @dataclass(kw_only=True, slots=True)
 class DatasetParam(Section):
-    """The images of this phase: those trained on, or those tested on."""
+    """The images of this phase, training or testing."""
 
     image_set: tuple[str | ImageSet, ...] = ("coco_train2017", "coco_val2017")
     data_root: str = "data"
-    flip: bool = True  # training: an epoch has every image twice, once flipped
-    bad_image: Literal["stop", "skip"] = "stop"  # training, at a file that cannot be read; skip: another stands in
-    bad_image_limit: int = at_least(1, 100)  # files that may be skipped in one process
-    class_names: tuple[str, ...] = derived("DatasetParam.image_set")  # empty where no annotations lie on disk
+    flip: bool = True  # training: an epoch contains every image twice, once flipped
+    bad_image: Literal["stop", "skip"] = "stop"  # training, for unreadable files; skip: another image replaces it
+    bad_image_limit: int = at_least(1, 100)  # maximum number of skipped files per process
+    class_names: tuple[str, ...] = derived("DatasetParam.image_set")  # empty if there are no annotations on disk
 
 
 @dataclass(kw_only=True, slots=True)
 class Pretrain(Section):
-    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b, v1: resnet-v1-<depth>; also without suffix
-    fixed_param: tuple[str, ...] = ("conv0",)  # parameters whose names start so stay as loaded; none from scratch
+    prefix: str | None = None  # None: pretrain_model/resnet<depth>_v1b, v1: resnet-v1-<depth>; the suffix is optional
+    fixed_param: tuple[str, ...] = ("conv0",)  # frozen parameters by name prefix; ignored from scratch
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelParam(Section):
-    """The classes that build the network, where its first weights come from, and the graphs."""
+    """The classes that build the network, the source of its initial weights, and the graphs."""
 
     detector: type = required("config.ModelParam.detector = RetinaNet")
     backbone: type = required("config.ModelParam.backbone = ResNetV1bFPN")
     neck: type = required("config.ModelParam.neck = NASFPNNeck")
     head: type = required("config.ModelParam.head = RetinaNetHeadWithBN")
     from_scratch: bool = False
-    init_from: str | None = None  # a checkpoint to fine-tune from: what fits is loaded, the rest is reported
-    memonger: bool = False  # activations are computed again in the backward pass, so that a step needs less memory
-    memonger_until: str | None = None  # those from the input up to this node; None: what makes the memory smallest
-    memonger_budget: float | None = None  # GiB by the count of --dry-run: no more is computed again than it takes
+    init_from: str | None = None  # a checkpoint to fine-tune from: matching tensors are loaded, others reported
+    memonger: bool = False  # recompute activations in the backward pass to save memory
+    memonger_until: str | None = None  # recompute from the input up to this node; None: minimise memory
+    memonger_budget: float | None = None  # GiB, as counted by --dry-run: recompute only as much as needed
     pretrain: Pretrain = field(default_factory=Pretrain)
     train_symbol: Symbol = derived("backbone, neck and head")
     test_symbol: Symbol = derived("backbone, neck and head")
@@ -165,7 +164,7 @@ class ModelParam(Section):
 class Optimizer(Section):
     type: Literal["sgd"] = "sgd"
     lr_per_image: float = above(0, 0.01 / 8)  # the linear rule: lr = lr_per_image * step_image
-    lr: float | None = above(0, None)  # None: by the linear rule
+    lr: float | None = above(0, None)  # None: from the linear rule
     momentum: float = between(0, 1, 0.9)
     wd: float = at_least(0, 1e-4)
     clip_gradient: float | None = above(0, None)  # each gradient element is clipped to [-clip, clip]
@@ -187,7 +186,7 @@ class Warmup(Section):
 
 @dataclass(kw_only=True, slots=True)
 class OptimizeParam(Section):
-    accumulate: int = at_least(1, 1)  # batches of General.batch_image that a device adds up for one update
+    accumulate: int = at_least(1, 1)  # gradient accumulation: batches of General.batch_image per device per update
     step_image: int = derived("General.batch_image, KvstoreParam.num_device and OptimizeParam.accumulate")
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
@@ -202,13 +201,13 @@ class TestModel(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Nms(Section):
-    """How detections of one class that overlap are thinned: "nms" drops those that a better one covers; the soft ones
+    """Suppression of overlapping detections per class: "nms" drops those covered by a higher score; the soft variants
     lower their scores (Bodla et al. 2017, "Soft-NMS")."""
 
     type: Literal["nms", "soft_linear", "soft_gaussian"] = "nms"
-    thr: float = between(0, 1, 0.5)  # inclusive IoU above is suppressed, per class; soft_gaussian has no use for it
+    thr: float = between(0, 1, 0.5)  # IoU threshold (inclusive corners), per class; unused by soft_gaussian
     sigma: float = above(0, 0.5)  # soft_gaussian: scores are multiplied by exp(-IoU^2 / sigma)
-    min_score: float = between(0, 1, 0.001)  # soft: detections whose score falls to it are out
+    min_score: float = between(0, 1, 0.001)  # soft: detections are dropped once their score falls to this value
 
 
 @dataclass(kw_only=True, slots=True)
@@ -218,13 +217,13 @@ class Coco(Section):
 
 @dataclass(kw_only=True, slots=True)
 class TestParam(Section):
-    """Testing, also between training epochs."""
+    """Testing, including evaluation between training epochs."""
 
     min_det_score: float = between(0, 1, 0.0)
     max_det_per_image: int = at_least(1, 100)
     batch_image: int = at_least(1, 1)
-    eval_epoch: int = at_least(0, 0)  # evaluate every so many epochs while training; 0: never
-    eval_image_set: str | ImageSet | None = None  # on these images
+    eval_epoch: int = at_least(0, 0)  # epochs between evaluations during training; 0: never
+    eval_image_set: str | ImageSet | None = None  # image set of these evaluations
     model: TestModel = field(default_factory=TestModel)
     nms: Nms = field(default_factory=Nms)
     coco: Coco = field(default_factory=Coco)
@@ -242,7 +241,7 @@ class ResizeParam(Section):
 
     short: int = at_least(1, 640)
     long: int = at_least(1, 640)
-    scale_min: float = above(0, 0.8)  # training scales the image to fit, times U(scale_min, scale_max)
+    scale_min: float = above(0, 0.8)  # training: scale to fit, times U(scale_min, scale_max)
     scale_max: float = 1.2
 
 
@@ -250,7 +249,7 @@ class ResizeParam(Section):
 class PadParam(Section):
     short: int = derived("ResizeParam.short")
     long: int = derived("ResizeParam.long")
-    max_num_gt: int = at_least(1, 100)  # boxes per image; of more, the largest stay
+    max_num_gt: int = at_least(1, 100)  # boxes per image; the largest are kept
 
 
 @dataclass(kw_only=True, slots=True)
@@ -272,7 +271,7 @@ class Assign(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Sample(Section):
-    """RetinaNet trains on every anchor: nothing is sampled."""
+    """No sampling: RetinaNet trains on every anchor."""
 
     image_anchor: None = None
     pos_fraction: None = None
@@ -292,7 +291,7 @@ class RenameParam(Section):
 
 @dataclass(kw_only=True, slots=True)
 class Transform:
-    """Input transforms in order: `sample` runs on one record in a worker (uint8), `batch` on the device.
+    """Input transforms in order: `sample` runs per record in a worker (uint8), `batch` per batch on the device.
 
     A sample transform has apply(record); batch transforms derive from BatchTransform.
     """
@@ -303,7 +302,7 @@ class Transform:
 
 @dataclass(kw_only=True, slots=True)
 class Config(Section):
-    """The tree. A config file's get_config(is_train) returns one; `config.load.load_config` completes it."""
+    """The config tree. A config file's get_config(is_train) returns one; `config.load.load_config` completes it."""
 
     General: General = field(default_factory=General)
     KvstoreParam: KvstoreParam = field(default_factory=KvstoreParam)
@@ -323,8 +322,10 @@ class Config(Section):
     get_transform: Callable[[Config, bool], Transform] = required("config.get_transform = retina_transform")
     get_metric: Callable[[Config], list[Any]] = required("config.get_metric = retina_metric")
     transform: Transform = derived("get_transform")  # of this phase
-    test_transform: Transform = derived("get_transform")  # of testing, also between training epochs
+    test_transform: Transform = derived("get_transform")  # of testing, including evaluation between training epochs
     metric_list: list[Any] = derived("get_metric")
     data_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are data
     label_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are labels
-    notes: list[str] = derived("the config file")  # lines for the log: what a SimpleDet file asks for and does not get
+    notes: list[str] = derived(
+        "the config file"
+    )  # log lines on settings of a SimpleDet file that are ignored or changed

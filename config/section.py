@@ -1,4 +1,4 @@
-"""Sections: dataclasses that refuse unknown names, values of a wrong type, and setting what is derived."""
+"""Sections: dataclasses that reject unknown names, values of a wrong type, and assignments to derived fields."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
 from config.field_type import convert, describe
 from symbol.attributes import nearest
 
-_UNSET = object()  # what a required field holds until the config file sets it: its slot stays empty
+_UNSET = object()  # default of required fields: the slot stays empty until the config file sets it
 
 
 def derived(source: str) -> Any:
-    """A field that `config.derive` fills. `source` names the fields to set instead."""
+    """Declare a field that `config.derive` fills. `source` names the fields to set instead."""
     return field(init=False, repr=False, compare=False, metadata={"derived": source})
 
 
 def required(example: str) -> Any:
-    """A field without a default, which the config file must set. `example` is a line that does."""
+    """Declare a field without a default, which the config file must set. `example` is a line that sets it."""
     return field(default=_UNSET, repr=False, compare=False, metadata={"required": example})
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The values that a number may have, and the words for them."""
+    """Accepted values of a number, and their description for error messages."""
 
     expected: str
     holds: Callable[[float], bool]
 
 
 def at_least(lowest: float, default: Any) -> Any:
-    """A field of `lowest` or more."""
+    """Declare a field with values of `lowest` or more."""
     expected = f"at least {lowest}" if lowest else "0 or more"
     return _bounded(Bound(expected, lambda value: value >= lowest), default)
 
 
 def above(limit: float, default: Any) -> Any:
-    """A field of more than `limit`."""
+    """Declare a field with values above `limit`."""
     return _bounded(Bound(f"more than {limit}", lambda value: value > limit), default)
 
 
 def between(lowest: float, highest: float, default: Any) -> Any:
-    """A field from `lowest` to `highest`, both included."""
+    """Declare a field with values from `lowest` to `highest`, both included."""
     return _bounded(Bound(f"{lowest} to {highest}", lambda value: lowest <= value <= highest), default)
 
 
 def _bounded(bound: Bound, default: Any) -> Any:
-    """A field with bounds, which `config.check` holds once the file and the overrides have set it; None is allowed."""
+    """Declare a field with bounds. `config.check` applies them after the file and the overrides; None is accepted."""
     return field(default=default, metadata={"bound": bound})
 
 
 class Section:
     """Base of every section, a `@dataclass(kw_only=True, slots=True)`.
 
-    Setting raises ValueError for an unknown name, a derived field, and a value that does not fit the
-    annotation. Reading raises AttributeError for an unknown name, and for a field that is not filled yet.
+    Setting a field raises ValueError for an unknown name, a derived field, and a value that does not fit the
+    annotation. Reading raises AttributeError for an unknown name, and for a field that has no value yet.
     """
 
     __slots__ = ()
@@ -74,7 +74,7 @@ class Section:
         for name, value in state[1].items():  # pickle and copy restore derived fields too
             object.__setattr__(self, name, value)
 
-    if not TYPE_CHECKING:  # a type checker shall know the declared fields only
+    if not TYPE_CHECKING:  # type checkers see the declared fields only
 
         def __getattr__(self, name: str) -> Any:
             cls = type(self)
@@ -84,16 +84,16 @@ class Section:
             metadata = known[name].metadata
             if "required" in metadata:
                 raise AttributeError(
-                    f"{cls.__name__}.{name} is not set; the config file must, such as {metadata['required']}"
+                    f"{cls.__name__}.{name} is not set; set it in the config file, such as {metadata['required']}"
                 )
             raise AttributeError(
-                f"{cls.__name__}.{name} follows from {metadata['derived']} and is not filled yet: only "
-                f"config.load.load_config fills it, after the config file has run"
+                f"{cls.__name__}.{name} follows from {metadata['derived']} and is not filled yet: "
+                f"config.load.load_config fills it after the config file has run"
             )
 
 
 def assign(section: Section, name: str, value: Any, place: str) -> None:
-    """Sets a field. Raises ValueError, which starts with `place`, where that is refused."""
+    """Set a field. Raises ValueError, with a message that starts with `place`, if the value is rejected."""
     cls = type(section)
     _check_settable(cls, name, place)
     try:
@@ -106,14 +106,14 @@ def assign(section: Section, name: str, value: Any, place: str) -> None:
 
 
 def fill(section: Section, name: str, value: Any) -> None:
-    """Sets a derived field."""
+    """Set a derived field."""
     cls = type(section)
     assert "derived" in cls.__dataclass_fields__[name].metadata, (cls, name)
     object.__setattr__(section, name, convert(value, field_types(cls)[name]))
 
 
 def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Section, Field[Any]]]:
-    """(dotted key, its section, its field) of everything below that is no section."""
+    """Yield (dotted key, section, field) for every field below `section` that is not itself a section."""
     for entry in fields(section):
         child = getattr(section, entry.name, None)
         if isinstance(child, Section):
@@ -123,7 +123,7 @@ def leaves(section: Section, prefix: str = "") -> Iterator[tuple[str, Section, F
 
 
 def field_types(cls: type[Section]) -> dict[str, Any]:
-    """The annotations of a section's fields, as types."""
+    """Return the annotations of a section's fields as types."""
     return get_type_hints(cls)
 
 
@@ -132,7 +132,7 @@ def _check_settable(cls: type[Section], name: str, place: str) -> None:
         raise ValueError(f"{place}: {_unknown(cls, name)}")
     source = cls.__dataclass_fields__[name].metadata.get("derived")
     if source is not None:
-        raise ValueError(f"{place}: {name} follows from {source} and cannot be set; set that instead")
+        raise ValueError(f"{place}: {name} follows from {source} and cannot be set; set its source instead")
 
 
 def _unknown(cls: type[Section], name: str) -> str:
@@ -143,5 +143,5 @@ def _example(entry: Field[Any], expected: str) -> str:
     if "required" in entry.metadata:
         return f", such as {entry.metadata['required']}"
     default = entry.default if entry.default_factory is MISSING else entry.default_factory()
-    is_said = default is None or isinstance(default, Section) or repr(default) == expected
-    return "" if is_said else f", such as {default!r}"
+    is_redundant = default is None or isinstance(default, Section) or repr(default) == expected
+    return "" if is_redundant else f", such as {default!r}"

@@ -1,8 +1,8 @@
-"""Records and batches: what the input transforms of every recipe work on, and the resizing that they share.
+"""Records and batches, which the input transforms of all recipes operate on, and the resizing that they share.
 
-A sample transform changes the record of one image in place; a batch transform changes a batch, on the training device.
-Boxes are xyxy with inclusive corners, in pixels of `image` as it is at that point.
-N images, G boxes per image, H x W the image's sides.
+A sample transform modifies the record of one image in place; a batch transform modifies a batch on the training device.
+Boxes are xyxy with inclusive corners, in pixels of the current `image`.
+N images, G boxes per image, H x W image size.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 
 class Record(TypedDict, total=False):
-    """One image with its boxes, while a worker prepares it."""
+    """One image with its boxes, as prepared by a worker."""
 
     image_path: str
-    h: int  # height and width by the annotations
+    h: int  # height and width according to the annotations
     w: int
     im_id: np.ndarray  # () int64
     flipped: bool  # this sample is the mirrored one
@@ -30,13 +30,13 @@ class Record(TypedDict, total=False):
 
 
 class Batch(TypedDict, total=False):
-    """The images of one forward pass, and after the batch transforms the inputs of the graph by its names.
+    """The images of one forward pass; after the batch transforms, the inputs of the graph by name.
 
-    N is 0 where an epoch's last step has fewer images than there are processes.
+    N is 0 on some ranks if the last step of an epoch has fewer images than there are processes.
     """
 
     files: list[str]
-    skipped: list[tuple[str, str]]  # image files that others stand in for, each once, with the reason
+    skipped: list[tuple[str, str]]  # replaced image files, each reported once, with the reason
     im_id: Tensor  # (N,) int64
     image: Tensor  # (N, H, W, 3) uint8 RGB, padded with 0
     im_info: Tensor  # (N, 3) float32, as in a record
@@ -49,29 +49,29 @@ class Batch(TypedDict, total=False):
 
 
 def select(batch: Batch, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return the batch's tensors of these names, which a config gives."""
+    """Return the batch's tensors with these names, which come from a config."""
     return {name: batch[name] for name in names}  # type: ignore[literal-required]
 
 
 class BatchTransform:
-    """Base of the transforms that run on whole batches: one gives `apply`, or `apply_step` where batches depend on
-    each other."""
+    """Base class of transforms on whole batches. A subclass overrides `apply`, or `apply_step` if the batches of a step
+    depend on each other."""
 
     def apply(self, batch: Any) -> None:
-        """Change one batch in place."""
+        """Modify one batch in place."""
         self.apply_step([batch])
 
     def apply_step(self, batches: Sequence[Batch]) -> None:
-        """Change all batches that an update is computed from, in place."""
+        """Modify all batches of one update in place."""
         for batch in batches:
             self.apply(batch)
 
 
 def input_sides(record: Record, short: int, long: int) -> tuple[int, int]:
-    """Return height and width of the input that holds this image: portrait (long, short) where the file's h >= w.
+    """Return the input's height and width for this image: portrait, (long, short), if the file's h >= w.
 
-    The file decides, not the image as it is now: a random crop can turn a landscape image into a square one,
-    and a batch holds one orientation. The image decides where the record does not know its file.
+    The file's size is used, not the current image's: a random crop can turn a landscape image into a square one, and
+    a batch has one orientation. Without h and w in the record, the image's size is used.
     """
     height, width = record["image"].shape[:2]
     return (long, short) if record.get("h", height) >= record.get("w", width) else (short, long)

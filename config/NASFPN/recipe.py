@@ -1,8 +1,8 @@
-"""The published NAS-FPN recipe, stated once: RetinaNet on ResNet-50 v1b, 25 epochs of COCO.
+"""The published NAS-FPN recipe: RetinaNet on ResNet-50 v1b, 25 epochs of COCO.
 
 Ghiasi et al. 2019, "NAS-FPN: Learning Scalable Feature Pyramid Architecture for Object Detection"
-(https://arxiv.org/abs/1904.07392), as SimpleDet trained it. Numbers that are not written here are the
-defaults of `config.schema`, which are the published ones.
+(https://arxiv.org/abs/1904.07392), as trained by SimpleDet. All other settings are the defaults of
+`config.schema`, which are the published ones.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from models.retinanet.metric import FGAccMetric
 
 
 def retina_25epoch(is_train: bool) -> Config:
-    """RetinaNet with NAS-FPN 7@256 at 640. An experiment file changes what differs, and returns it."""
+    """Return the config of RetinaNet with NAS-FPN 7@256 at 640, for experiment files to modify."""
     config = Config()
     config.NormalizeParam.wd_mult = 1.0
     config.ModelParam.detector = RetinaNet
@@ -40,7 +40,7 @@ def retina_25epoch(is_train: bool) -> Config:
 
 
 def retina_transform(config: Config, is_train: bool) -> Transform:
-    """Random window, flip and anchor targets in training; the whole image, scaled to fit, in testing."""
+    """Return the input transforms: random crop, flip and anchor targets in training; resize to fit in testing."""
     resize = RandResizeCrop2DImageBbox if is_train else ResizeCrop2DImageBbox
     sample: list[Any] = [ReadRoiRecord(), resize(config.ResizeParam)]
     batch: list[BatchTransform] = [ConvertImageFromHwcToChw(), Norm2DImage(config.NormParam)]
@@ -55,6 +55,6 @@ def retina_transform(config: Config, is_train: bool) -> Transform:
 
 
 def retina_metric(config: Config) -> list[Any]:
-    """Accuracy of the class logits on foreground anchors."""
+    """Return the training metrics: accuracy of the class logits on foreground anchors."""
     logits = [f"cls_pred_s{stride}_output" for stride in config.RpnParam.anchor_generate.stride]
     return [FGAccMetric("FGAcc", logits, ["rpn_cls_label"])]

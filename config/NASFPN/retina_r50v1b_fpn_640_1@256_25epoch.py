@@ -1,7 +1,7 @@
 """RetinaNet with a plain FPN at 640, the baseline.
 
 AP on COCO test-dev: 37.4 (published); not measured here.
-Hardware: 8x GTX 1080 Ti, FP16, 8 images a GPU: 85 img/s, 6.6 GB a GPU (published); not measured here.
+Hardware: 8x GTX 1080 Ti, FP16, 8 images per GPU: 85 img/s, 6.6 GB per GPU (published); not measured here.
 Command: python3 detection_train.py --config config/NASFPN/retina_r50v1b_fpn_640_1@256_25epoch.py
 """
 

@@ -1,7 +1,7 @@
 """RetinaNet with a top-down bottom-up pyramid 3@384 at 1280, synchronised batch normalisation and loss.
 
 AP on COCO test-dev: 44.7 (published); not measured here.
-Hardware: 8x GTX 1080 Ti, FP16, 3 images a GPU: 12 img/s, 10.5 GB a GPU (published); not measured here.
+Hardware: 8x GTX 1080 Ti, FP16, 3 images per GPU: 12 img/s, 10.5 GB per GPU (published); not measured here.
 Command: python3 detection_train.py --config config/NASFPN/retina_r50v1b_tdbu_1280_3@384_25epoch.py
 """
 

@@ -1,4 +1,4 @@
-"""RetinaNet with a top-down bottom-up pyramid 3@384 at 640, pooled 3x3 where the recipe at 1280 pools 2x2.
+"""RetinaNet with a top-down bottom-up pyramid 3@384 at 640, with 3x3 pooling instead of the 2x2 pooling used at 1280.
 
 AP on COCO test-dev: not published; not measured here.
 Command: python3 detection_train.py --config config/NASFPN/retina_r50v1b_tdbu_640_3@384_25epoch.py

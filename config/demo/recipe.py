@@ -1,4 +1,4 @@
-"""A recipe for small things: a narrow ResNet-18 with a small pyramid at 128, from scratch, on a CPU in minutes."""
+"""A recipe for small objects and CPUs: a narrow ResNet-18 with a small pyramid at 128, trained from scratch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from config.schema import Config
 
 
 def small_retina(is_train: bool) -> Config:
-    """NAS-FPN 2@48 for objects of 16 to 100 pixels. The image sets and their classes are the experiment's to name."""
+    """Return the config of NAS-FPN 2@48 for objects of 16 to 100 pixels. The experiment file sets the image sets."""
     config = retina_25epoch(is_train)
     config.General.fp16, config.General.batch_image = False, 8
-    config.General.loader_worker = 0  # on two cores a decoding process takes more from the step than it gives
+    config.General.loader_worker = 0  # on two cores a decoding process slows the step down
     config.KvstoreParam.gpus = ()
-    config.NormalizeParam.momentum = 0.98  # P7 is one cell: ten batches of eight say too little of its statistics
+    config.NormalizeParam.momentum = 0.98  # P7 is one cell per image: 0.9 averages too few values
     config.BackboneParam.depth, config.BackboneParam.num_filter = 18, 32
     config.NeckParam.dim_reduced, config.NeckParam.num_stage = 48, 2
     config.RpnParam.head.conv_channel, config.RpnParam.head.num_conv = 48, 1

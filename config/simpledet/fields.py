@@ -1,4 +1,4 @@
-"""Reading what a SimpleDet file states: the fields of its classes, and whether two of them agree."""
+"""Reading a SimpleDet file: the fields of its classes, and consistency between two of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def fields(prefix: str, section: Any) -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of a section: a class or an instance of one, with sections within."""
+    """Yield (dotted key, value) of a section, which is a class or an instance of one and may contain sections."""
     for name in dir(section):
         if name.startswith("_"):
             continue
@@ -24,11 +24,11 @@ def class_of(value: Any) -> type:
 
 
 def agree(key: str, value: Any, other: str, expected: Any) -> None:
-    """Raises ValueError, which names both places, where two statements of one thing differ."""
+    """Raise ValueError, naming both keys, if two fields for the same setting differ."""
     if _is_same(value, expected):
         return
     raise ValueError(
-        f"{key} is {value!r:.200}, but {other} is {expected!r:.200}: they are one setting; make them equal"
+        f"{key} is {value!r:.200}, but {other} is {expected!r:.200}: both are the same setting; make them equal"
     )
 
 
@@ -41,22 +41,23 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 def number(value: Any, place: str, or_zero: bool = False) -> float:
+    """Return a positive number, with `or_zero` also 0, as a float. Raises ValueError for other values."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not (value > 0 or (or_zero and value == 0)):
-        expected = "0 or a number above it" if or_zero else "a number above 0"
+        expected = "a number of 0 or more" if or_zero else "a number above 0"
         raise ValueError(f"{place}: expected {expected}, got {value!r:.200}")
     return float(value)
 
 
 def shown(value: Any) -> str:
-    """For a note: a function by its name, without its address."""
+    """Return a value's text for a note: a function by its name, without its address."""
     return getattr(value, "__name__", None) or f"{value!r:.100}"
 
 
 def is_identity(process: Callable[..., Any], arguments: int) -> bool:
-    """Does a function give its first argument back?"""
+    """Return True if a function returns its first argument."""
     probe: list[Any] = []
     try:
         return process(*(probe, probe)[:arguments]) is probe
-    except Exception:  # it wanted more of the argument, so it does something with it
+    except Exception:  # it uses the argument, so it is not the identity
         return False

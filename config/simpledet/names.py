@@ -1,8 +1,8 @@
-"""What SimpleDet's config files import: recordings that stand in for its classes.
+"""Stand-ins for the names that SimpleDet's config files import. They only record the arguments of each call.
 
-Such a file builds its graph with `Detector().get_train_symbol(Backbone(BackboneParam), ...)` and its input with
-`[ReadRoiRecord(None), Norm2DImage(NormParam), ...]`. Here those calls only remember what they were called with, and
-`config.simpledet.translate` reads it. The names are served through the file's own `__import__`: nothing else sees them.
+A SimpleDet file builds its graph with `Detector().get_train_symbol(Backbone(BackboneParam), ...)` and its input with
+`[ReadRoiRecord(None), Norm2DImage(NormParam), ...]`. `config.simpledet.translate` reads the recorded calls. The
+stand-ins are provided through the file's own `__import__` and are not visible to other modules.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _SUPPORTED = (
-    "SimpleDet's files run with the detector RetinaNet; one of the backbones ResNetV1bFPN, MSRAResNet<depth>V1bFPN, "
+    "supported SimpleDet files use the detector RetinaNet; one of the backbones ResNetV1bFPN, MSRAResNet<depth>V1bFPN, "
     "MSRAResNet<depth>V1FPN; one of the necks NASFPNNeck, TopDownBottomUpFPNNeck, PAFPNNeckP3P7, "
     "RetinaNetNeckWithBN, RetinaNetNeck; and one of the heads RetinaNetHeadWithBN, RetinaNetHead"
 )
@@ -37,7 +37,7 @@ _SIMPLEDETS = ("mxnext", "models", "symbol", "core", "utils", "operator_py")
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What `mxnext.complicate.normalizer_factory` is called with. The defaults are mxnext's."""
+    """Arguments of `mxnext.complicate.normalizer_factory`. The defaults are mxnext's."""
 
     type: str = "local"
     ndev: int | None = None
@@ -49,7 +49,7 @@ class Normalizer:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What a detector is asked for."""
+    """A recorded call of a detector's get_train_symbol or get_test_symbol."""
 
     detector: Part
     parts: tuple[Any, ...]
@@ -57,7 +57,7 @@ class Graph:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """An instance of one of SimpleDet's classes: the class's module and name, and its arguments."""
+    """A recorded instance of a SimpleDet class: the module and name of the class, and its arguments."""
 
     module: str
     name: str
@@ -75,7 +75,7 @@ class Part:
 
 @dataclass(frozen=True)
 class _Class:
-    """One of SimpleDet's classes, as the file sees it."""
+    """The stand-in for a SimpleDet class."""
 
     module: str
     name: str
@@ -84,12 +84,12 @@ class _Class:
         return Part(self.module, self.name, (*args, *named.values()))
 
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
-        raise ValueError(f"a class of the file's own, derived from {self.name}, is not supported: {_SUPPORTED}")
+        raise ValueError(f"a class defined in the file, derived from {self.name}, is not supported; {_SUPPORTED}")
 
 
 @dataclass(frozen=True)
-class _Served:
-    """A module, or a package of some, as the file sees it: every name of a module is a class."""
+class _Module:
+    """The stand-in for a module or package. Every name of a module is a class."""
 
     path: str
 
@@ -98,7 +98,7 @@ class _Served:
             raise AttributeError(name)
         path = f"{self.path}.{name}"
         if path in MODULES or path in _PACKAGES:
-            return _Served(path)
+            return _Module(path)
         if self.path not in MODULES:
             raise ValueError(unsupported(path))
         if self.path == "mxnext.complicate":
@@ -109,7 +109,7 @@ class _Served:
 
 
 def is_simpledet(tree: ast.Module) -> bool:
-    """Is this a SimpleDet config file: does it import mxnext, or does its get_config return a tuple?"""
+    """Return True for a SimpleDet config file: it imports mxnext, or its get_config returns a tuple."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mxnext":
             return True
@@ -122,15 +122,15 @@ def is_simpledet(tree: ast.Module) -> bool:
 
 
 def file_builtins() -> dict[str, Any]:
-    """`__builtins__` for a SimpleDet file: Python's, but an `import` that knows its modules.
+    """Return `__builtins__` for a SimpleDet file: Python's, with an `__import__` that provides the stand-ins.
 
-    Importing one of SimpleDet's modules that is neither among them nor here raises ValueError.
+    Importing a SimpleDet module that has no stand-in and does not exist in this project raises ValueError.
     """
     return {**vars(builtins), "__import__": _import}
 
 
 def declared_classes(tree: ast.Module) -> dict[str, tuple[str, ...]]:
-    """The classes that get_config declares, with the names that each sets."""
+    """Return the classes that get_config declares, with the names assigned in each."""
     found = {}
     for function in tree.body:
         if isinstance(function, ast.FunctionDef) and function.name == "get_config":
@@ -147,7 +147,7 @@ def _assigned(node: ast.ClassDef) -> list[str]:
 
 def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
     if level == 0 and (name in MODULES or name in _PACKAGES):
-        return _Served(name if fromlist else name.partition(".")[0])
+        return _Module(name if fromlist else name.partition(".")[0])
     real: Callable[..., Any] = builtins.__import__
     try:
         return real(name, globals, locals, fromlist, level)
@@ -158,10 +158,13 @@ def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = 
 
 
 def unsupported(name: str) -> str:
-    """What to say of something of SimpleDet's that is not here."""
+    """Return the error message for a SimpleDet feature that is not supported."""
     return f"{name} is not supported; {_SUPPORTED}"
 
 
 def neck_norm_name(name: str) -> str:
-    """Return our name of a neck's BatchNorm, or of a parameter of it: S7_P6_7_bn is S7_P6_7_bn_neck. Others stay."""
+    """Return this project's name of a neck's BatchNorm or its parameters: S7_P6_7_bn_neck for S7_P6_7_bn.
+
+    Other names are returned unchanged.
+    """
     return _NECK_NORM.sub(r"\1_neck", name)

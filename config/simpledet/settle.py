@@ -1,4 +1,4 @@
-"""What a SimpleDet file leaves open until the overrides are applied and the graph is built."""
+"""Settings of a SimpleDet file that depend on the overrides or on the graph."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from symbol import Symbol
 
 @dataclass
 class Translation:
-    """The config, and what only its overrides or its graph can settle."""
+    """A translated config, with the settings that depend on the overrides or on the graph."""
 
     config: Config
     notes: list[str]
     is_train: bool
-    resize: str  # the transform that resizes
-    annotation: str | None  # what TestParam.coco.annotation names
-    iterations: Iterations | None  # of training
-    fixed: tuple[str, ...]  # patterns of parameters that stay as loaded
+    resize: str  # name of the resizing transform
+    annotation: str | None  # value of TestParam.coco.annotation
+    iterations: Iterations | None  # None in testing
+    fixed: tuple[str, ...]  # name patterns of frozen parameters
     excluded: tuple[str, ...]
     memonger_until: str | None
     label_name: Sequence[str]
 
     def before_check(self, overrides: Sequence[str]) -> None:
-        """After the overrides: the input's sides, and iterations as epochs of the images that are trained on.
+        """Set the input size, and epochs from iterations, after the overrides are applied.
 
-        Raises FileNotFoundError where the length of an epoch is not known.
+        Raises FileNotFoundError if the length of an epoch is unknown.
         """
         overridden = {override.partition("=")[0].strip() for override in overrides}
         self._pad_input()
@@ -44,7 +44,7 @@ class Translation:
             self.notes += self.iterations.set_epochs(self.config, overridden)
 
     def after_derive(self) -> None:
-        """With the graph: names of parameters, labels and nodes, of which a test has no use."""
+        """Resolve names of parameters, labels and nodes in the training graph. Does nothing in testing."""
         if not self.is_train:
             return
         graph = self.config.ModelParam.train_symbol
@@ -55,7 +55,7 @@ class Translation:
             self.notes.append(f"label_name: {', '.join(unknown)} not read: the graph has no such input")
 
     def _pad_input(self) -> None:
-        """Sides that are no multiples of the coarsest stride are padded to the next."""
+        """Pad sides to the next multiple of the coarsest stride."""
         param, coarsest = self.config.ResizeParam, max(AnchorGenerate().stride)
         fit = (param.short, param.long)
         param.short, param.long = (-(-side // coarsest) * coarsest for side in fit)
@@ -77,14 +77,16 @@ class Translation:
             return
         bare = [one.name for one, file in zip(sets, files, strict=True) if file.startswith("image_info_")]
         if bare:
-            used = f"{bare[0]} has no annotations, so there is no AP; for one --set DatasetParam.image_set=coco_val2017"
+            used = (
+                f"{bare[0]} has no annotations to compute AP; to compute it --set DatasetParam.image_set=coco_val2017"
+            )
         else:
             names = ", ".join(one.name for one in sets)
-            used = f"{names} is evaluated with its own; --set TestParam.coco.annotation=FILE names others"
+            used = f"{names} is evaluated with its own; --set TestParam.coco.annotation=FILE selects another file"
         self.notes.append(f"TestParam.coco.annotation {self.annotation!r:.200} is not read: {used}")
 
     def _fix_parameters(self, graph: Symbol) -> None:
-        """SimpleDet's patterns may stand anywhere in a name, ours at its start: as names where that differs."""
+        """Replace patterns by full names where they match otherwise than as prefixes. SimpleDet matches anywhere."""
         model = self.config.ModelParam
         if model.from_scratch or model.pretrain.fixed_param != self.fixed:
             return
@@ -94,7 +96,7 @@ class Translation:
         if kept != [name for name in names if name.startswith(self.fixed)]:
             but = f" and none of {', '.join(self.excluded)}" if self.excluded else ""
             self.notes.append(
-                f"ModelParam.pretrain.fixed_param: {len(kept)} of {len(names)} parameters stay as loaded, those with "
+                f"ModelParam.pretrain.fixed_param: {len(kept)} of {len(names)} parameters are frozen, those with "
                 f"one of {', '.join(self.fixed)}{but} anywhere in their names"
             )
             model.pretrain.fixed_param = tuple(kept)
@@ -107,8 +109,8 @@ class Translation:
         model.memonger_until = next((name for name in (until, neck_norm_name(until)) if name in operators), None)
         if model.memonger_until is None:
             self.notes.append(
-                f"ModelParam.memonger_until = {until!r:.100} is not read: no operator is named so; "
-                "what is computed again is what makes the memory smallest"
+                f"ModelParam.memonger_until = {until!r:.100} is not read: no operator has this name; "
+                "activations are recomputed so as to minimise memory"
             )
 
 

@@ -1,4 +1,4 @@
-"""The transforms of a SimpleDet config file, and ours that do the same."""
+"""The transforms of a SimpleDet config file, and their equivalents in this project."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from config.simpledet.names import Part
 from core.detection_input import Resize2DImageBbox
 from models.NASFPN.input import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox
 
-# the file's resizing transform to that of training and that of testing
+# resizing transform of the file: equivalents in training and in testing
 RESIZES: dict[str, tuple[type, type]] = {
     "RandResizeCrop2DImageBbox": (RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox),
     "ResizeCrop2DImageBbox": (ResizeCrop2DImageBbox, ResizeCrop2DImageBbox),
@@ -31,17 +31,17 @@ _KNOWN = (*_ALWAYS, *_TRAIN, *RESIZES, "Flip2DImageBbox", "AverageFgCount")
 
 @dataclass
 class Input:
-    """What the transforms say."""
+    """Settings read from the transforms."""
 
     resize: str
     flip: bool  # in training
-    average: bool  # the foreground counts, over the devices
+    average: bool  # average the foreground counts over the devices
     sections: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
 def read_transform(transform: Any, is_train: bool) -> Input:
-    """Raises ValueError for a transform that is not here, or one that has to be there and is not."""
+    """Return the settings of a transform list. Raises ValueError for an unsupported or missing transform."""
     batch = []
     if isinstance(transform, dict):
         transform, batch = transform.get("sample", []), transform.get("batch", [])
@@ -54,11 +54,11 @@ def read_transform(transform: Any, is_train: bool) -> Input:
     missing = [name for name in (*_ALWAYS, *(_TRAIN if is_train else ())) if name not in by_name]
     empty = [name for name, part in by_name.items() if name in _SECTIONS and not part.args]
     if empty:
-        raise ValueError(f"transform: {empty[0]} needs its {_SECTIONS[empty[0]]}")
+        raise ValueError(f"transform: {empty[0]} needs the argument {_SECTIONS[empty[0]]}")
     if missing or len(resizes) != 1:
         missing += [] if resizes else [f"one of {', '.join(RESIZES)}"]
-        said = f"{', '.join(missing)} is missing" if missing else f"both {' and '.join(resizes)} are there"
-        raise ValueError(f"transform: {said}; SimpleDet's RetinaNet files show a complete list")
+        problem = f"{', '.join(missing)} is missing" if missing else f"both {' and '.join(resizes)} are present"
+        raise ValueError(f"transform: {problem}; see SimpleDet's RetinaNet files for a complete list")
     found = Input(
         resize=resizes[0],
         flip="Flip2DImageBbox" in by_name or not is_train,
@@ -66,15 +66,17 @@ def read_transform(transform: Any, is_train: bool) -> Input:
         sections={_SECTIONS[name]: part.args[0] for name, part in by_name.items() if name in _SECTIONS},
     )
     if by_name["ReadRoiRecord"].args not in ((), (None,)):
-        found.notes.append("ReadRoiRecord(gt_select): boxes and classes are read, nothing else")
+        found.notes.append("ReadRoiRecord(gt_select) is ignored: only boxes and classes are read")
     mapping = by_name["RenameRecord"].args
     found.sections["RenameParam"] = type("RenameParam", (), {"mapping": mapping[0] if mapping else {}})
     return found
 
 
 def file_transform(resize: str, fit: tuple[int, int], padded: tuple[int, int]) -> Callable[[Config, bool], Transform]:
-    """The recipe's transforms, but images are resized as the file's transform `resize` does, to fit into `fit`; the
-    input is `padded`. Both are (short, long)."""
+    """Return the recipe's get_transform with images resized by the file's transform `resize` to fit into `fit`.
+
+    The input size is `padded`. Both are (short, long).
+    """
     train, test = RESIZES[resize]
     if fit == padded and train is RandResizeCrop2DImageBbox:
         return retina_transform

@@ -1,8 +1,8 @@
-"""A SimpleDet config file, translated into our tree.
+"""Translation of a SimpleDet config file into a `Config`.
 
-Its get_config returns 13 values: nine classes (sections), transforms, names of data and labels, metrics. Most of their
-fields have the same name and meaning here and are taken over by that name. What is stated twice there follows from one
-field here: the two must agree. What is done in another way here, and what nobody reads, becomes a note of the log.
+Its get_config returns 13 values: nine classes (sections), transforms, names of data and labels, metrics. Most fields
+have the same name and meaning here and are copied by name. Fields that SimpleDet states twice are derived from one
+field here: the two must agree. Settings that work differently here or are ignored produce a note in the log.
 """
 
 from __future__ import annotations
@@ -29,8 +29,15 @@ from config.simpledet.transforms import read_transform
 from models.backbone.resnet import default_prefix, variant_of
 
 SECTIONS = (
-    *("General", "KvstoreParam", "RpnParam", "RoiParam", "BboxParam"),
-    *("DatasetParam", "ModelParam", "OptimizeParam", "TestParam"),
+    "General",
+    "KvstoreParam",
+    "RpnParam",
+    "RoiParam",
+    "BboxParam",
+    "DatasetParam",
+    "ModelParam",
+    "OptimizeParam",
+    "TestParam",
 )
 _OTHERS = ("BackboneParam", "NeckParam", "NormParam", "ResizeParam", "PadParam", "AnchorTarget2DParam", "RenameParam")
 _RETURNED = "General, KvstoreParam, ..., TestParam, transform, data_name, label_name, metric_list"
@@ -39,7 +46,9 @@ _BACKBONES = ("ResNetV1bFPN", "MSRAResNetV1bFPN", "MSRAResNetV1FPN")
 _NECKS = ("NASFPNNeck", "TopDownBottomUpFPNNeck", "PAFPNNeckP3P7", "RetinaNetNeckWithBN", "RetinaNetNeck")
 _HEADS = ("RetinaNetHeadWithBN", "RetinaNetHead")
 _NORMALIZERS = {"local": "localbn", "sync": "syncbn", "fix": "fixbn"}
-_ROIDB = "data/cache/*.roidb is not read, nor any other pickle: images and boxes come from the image sets' COCO json"
+_ROIDB = (
+    "data/cache/*.roidb is not read, nor any other pickle: images and boxes come from the COCO json of the image sets"
+)
 _INPUT = (
     "images are resized, cropped and flipped as uint8 by the workers; Norm2DImage, ConvertImageFromHwcToChw and "
     "PyramidAnchorTarget2D then run on whole batches, on the training device"
@@ -47,17 +56,19 @@ _INPUT = (
 
 
 def translate(result: tuple[Any, ...], is_train: bool, tree: ast.Module) -> Translation:
-    """What a SimpleDet file's get_config(is_train) returned, as our config; `tree` is the file's source.
+    """Return the translation of the result of a SimpleDet file's get_config(is_train).
 
-    Raises ValueError where it contradicts itself, and where it asks for what is not here.
+    tree: the file's syntax tree.
+
+    Raises ValueError for contradictory and for unsupported settings.
     """
     if len(result) != 13:
-        raise ValueError(f"get_config: expected the 13 values that SimpleDet takes ({_RETURNED}), got {len(result)}")
+        raise ValueError(f"get_config: expected the 13 values of a SimpleDet file ({_RETURNED}), got {len(result)}")
     return _Reader(result, is_train).read(tree)
 
 
 class _Reader:
-    """Takes field after field out of what the file states; what is left in the end is reported."""
+    """Reader of the file's fields. Each step removes the fields that it reads; the remaining ones are reported."""
 
     def __init__(self, result: tuple[Any, ...], is_train: bool) -> None:
         self.is_train = is_train
@@ -65,14 +76,14 @@ class _Reader:
         self.notes = [_ROIDB]
         self._note_training(_INPUT)
         *sections, transform, self.data_name, self.label_name, self.metrics = result
-        self.given: dict[str, Any] = {}  # what is still to be read: dotted key to value
+        self.given: dict[str, Any] = {}  # fields still to be read: dotted key to value
         for name, section in zip(SECTIONS, sections, strict=True):
             self._add(name, section)
         self.graph = self._take_graph()
         for name, part in zip(("BackboneParam", "NeckParam"), self.graph.parts, strict=False):
             self._add(name, _only_argument(part, name))
         if _only_argument(self.graph.parts[2], "RpnParam") is not sections[2]:
-            raise ValueError("RpnParam: the head was built from another class than the one that get_config returns")
+            raise ValueError("RpnParam: the head was built from a different class than get_config returns")
         self.input = read_transform(transform, is_train)
         for name, section in self.input.sections.items():
             self._add(name, section)
@@ -81,12 +92,13 @@ class _Reader:
         for step in (self._copies, self._normalizer, self._network, self._anchors, self._input, self._run, self._test):
             step()
         fixed, excluded = self._pretrain()
+        annotation = self._take("TestParam.coco.annotation")
         translation = Translation(
             config=self.config,
             notes=self.notes,
             is_train=self.is_train,
             resize=self.input.resize,
-            annotation=self._annotation(),
+            annotation=None if annotation is None or self.is_train else str(annotation),
             iterations=self._optimizer(),
             fixed=fixed,
             excluded=excluded,
@@ -98,11 +110,11 @@ class _Reader:
         return translation
 
     def _add(self, name: str, section: Any) -> None:
-        """None is what SimpleDet reads where a file says nothing."""
+        """Add a section's fields to `given`. None means unset in SimpleDet."""
         self.given |= {key: value for key, value in fields(name, section) if value is not None}
 
     def _note_training(self, note: str) -> None:
-        """The log of a test has no use for it."""
+        """Add a note that concerns training only."""
         if self.is_train:
             self.notes.append(note)
 
@@ -110,7 +122,7 @@ class _Reader:
         return self.given.pop(key, default)
 
     def _set(self, key: str) -> Any:
-        """Takes over a field of the same name here; its value now, with the type that it has here."""
+        """Copy a field of the same name into the config, and return its converted value."""
         path, _, name = key.rpartition(".")
         section = attrgetter(path)(self.config)
         if key in self.given:
@@ -118,19 +130,21 @@ class _Reader:
         return getattr(section, name)
 
     def _take_graph(self) -> Graph:
-        wanted = "train_symbol" if self.is_train else "test_symbol"
-        graph = self._take(f"ModelParam.{wanted}")
+        name = "train_symbol" if self.is_train else "test_symbol"
+        graph = self._take(f"ModelParam.{name}")
         self._take("ModelParam.test_symbol" if self.is_train else "ModelParam.train_symbol")
         is_known = isinstance(graph, Graph) and len(graph.parts) == 3 and graph.detector.name == "RetinaNet"
         if not is_known or not all(isinstance(part, Part) for part in graph.parts):
+            found = f"{graph!r:.200}"
+            if isinstance(graph, Graph):
+                found = f"{graph.detector} of {', '.join(str(part) for part in graph.parts)}"
             raise ValueError(
-                f"ModelParam.{wanted}: expected RetinaNet().get_{wanted}(backbone, neck, head), "
-                f"got something else: {unsupported(_show_graph(graph))}"
+                f"ModelParam.{name}: expected RetinaNet().get_{name}(backbone, neck, head), but {unsupported(found)}"
             )
         return graph
 
     def _copies(self) -> None:
-        """Fields that repeat another section's."""
+        """Check the fields that repeat those of another section."""
         for name in ("fp16", "batch_image"):
             source = f"General.{name}"
             value = self._set(source)
@@ -157,8 +171,8 @@ class _Reader:
         num_gpu = len(self._set("KvstoreParam.gpus"))
         if type == "syncbn" and normalizer.ndev != num_gpu:
             self._note_training(
-                f"normalizer_factory(ndev={normalizer.ndev}), but KvstoreParam.gpus names {num_gpu}: batch statistics "
-                "are those of all processes"
+                f"normalizer_factory(ndev={normalizer.ndev}), but KvstoreParam.gpus has {num_gpu} devices: batch "
+                "statistics are computed over all processes"
             )
 
     def _network(self) -> None:
@@ -175,7 +189,7 @@ class _Reader:
             self.config.NeckParam.num_stage = 1
 
     def _anchors(self) -> None:
-        """Anchors are declared in RpnParam for the graph, and in AnchorTarget2DParam for the targets."""
+        """Read the anchors, which are declared in RpnParam for the graph and in AnchorTarget2DParam for the targets."""
         generate = "AnchorTarget2DParam.generate."
         for name, twin in {"scale": "scales", "ratio": "aspects", "stride": "stride"}.items():
             key = f"RpnParam.anchor_generate.{name}"
@@ -186,11 +200,11 @@ class _Reader:
             key = f"ResizeParam.{side}"
             value, copy = self._set(key), self._take(generate + side)
             if copy is not None:
-                wanted = tuple(math.ceil(value / stride) for stride in self.config.RpnParam.anchor_generate.stride)
-                agree(generate + side, copy, f"{key} ({value}) over the strides", wanted)
+                expected = tuple(math.ceil(value / stride) for stride in self.config.RpnParam.anchor_generate.stride)
+                agree(generate + side, copy, f"{key} ({value}) divided by the strides", expected)
         sample = "AnchorTarget2DParam.sample."
         for key in (f"{sample}image_anchor", f"{sample}pos_fraction", "RpnParam.anchor_generate.image_anchor"):
-            self._replace(key, "no anchor is sampled, the focal loss learns from all of them")
+            self._replace(key, "no anchor is sampled, the focal loss uses all of them")
 
     def _input(self) -> None:
         self.notes += self.input.notes
@@ -201,32 +215,30 @@ class _Reader:
                 agree(f"PadParam.{side}", pad, f"ResizeParam.{side}", getattr(param, side))
         sync_loss = self._set("RpnParam.sync_loss")
         if self.is_train and self.input.average != sync_loss:
-            there = "is" if self.input.average else "is not"
+            presence = "is" if self.input.average else "is not"
             raise ValueError(
-                f"RpnParam.sync_loss is {sync_loss}, but AverageFgCount {there} in transform: the loss divides by what "
-                "that averages; have both or neither"
+                f"RpnParam.sync_loss is {sync_loss}, but AverageFgCount {presence} in transform: the loss is divided "
+                "by the average that it computes; use both or neither"
             )
         self.config.DatasetParam.flip = self.input.flip
         self.config.get_metric = retina_metric
         foreign = [str(one) for one in self.metrics if getattr(one, "name", None) != "FGAccMetric"]
         if foreign:
-            self._note_training(f"metric_list: {', '.join(foreign)} not computed, only FGAccMetric is")
+            self._note_training(f"metric_list: {', '.join(foreign)} not computed, only FGAccMetric is supported")
 
     def _run(self) -> None:
         if self.given.get("KvstoreParam.kvstore") == "nccl":
             self.given["KvstoreParam.kvstore"] = "device"
             self._note_training(
-                "KvstoreParam.kvstore: 'nccl' is 'device' here; GPUs add up their gradients by NCCL anyway"
+                "KvstoreParam.kvstore: 'nccl' is 'device' here; gradients of GPUs are always reduced with NCCL"
             )
         if self.config.General.fp16:
-            self._note_training(
-                "General.fp16: the losses are not scaled by a fixed 128; where float16 is used, the scale adapts itself"
-            )
+            self._note_training("General.fp16: losses are not scaled by a fixed 128; float16 uses dynamic loss scaling")
         if self._take("ModelParam.random"):
-            self._note_training("ModelParam.random: what is random follows from General.seed, not from the time")
+            self._note_training("ModelParam.random: random numbers are seeded by General.seed, not by the time")
 
     def _memonger_until(self) -> str | None:
-        """It takes effect where memonger is on, which an override may say."""
+        """Return the value, which takes effect only if memonger is on; an override may turn it on."""
         until: str | None = self._set("ModelParam.memonger_until")
         self.config.ModelParam.memonger_until = None
         return until
@@ -235,14 +247,14 @@ class _Reader:
         schedule = "OptimizeParam.schedule."
         images = max(1, len(self._set("KvstoreParam.gpus"))) * max(1, self.config.General.batch_image)
         if self._take("OptimizeParam.optimizer.lr_mode", "step") != "step":
-            raise ValueError("OptimizeParam.optimizer.lr_mode: expected 'step', the only schedule here")
+            raise ValueError("OptimizeParam.optimizer.lr_mode: expected 'step', the only supported schedule")
         lr, warmup_lr = self._take("OptimizeParam.optimizer.lr"), self._take("OptimizeParam.warmup.lr")
         if lr is not None:
             self.config.OptimizeParam.optimizer.lr_per_image = number(lr, "OptimizeParam.optimizer.lr") / images
             if warmup_lr is not None:
                 factor = number(warmup_lr, "OptimizeParam.warmup.lr", or_zero=True) / lr
                 self.config.OptimizeParam.warmup.lr_factor = factor
-        self._replace(f"{schedule}begin_epoch", "--resume goes on from the newest checkpoint", quiet=0)
+        self._replace(f"{schedule}begin_epoch", "--resume continues from the newest checkpoint", quiet=0)
         steps, warmup_step = self._take(f"{schedule}lr_iter", ()), self._take("OptimizeParam.warmup.iter") or 0
         if not self.is_train:
             self.given |= {f"{schedule}lr_epoch": (), "OptimizeParam.warmup.epoch": 0.0}
@@ -253,10 +265,10 @@ class _Reader:
 
     def _pretrain(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         prefix = "ModelParam.pretrain."
-        self._replace(f"{prefix}epoch", f"the file is looked for by {prefix}prefix", quiet=0)
+        self._replace(f"{prefix}epoch", f"the file is found by {prefix}prefix", quiet=0)
         variant = variant_of(self.config.ModelParam.backbone)
         if self.given.get(f"{prefix}prefix") == default_prefix(self._set("BackboneParam.depth"), variant):
-            self._take(f"{prefix}prefix")  # so that it follows the depth
+            self._take(f"{prefix}prefix")  # the default, so that it follows overrides of the depth
         excluded = tuple(self._take(f"{prefix}excluded_param") or ())
         self.given[f"{prefix}fixed_param"] = self._take(f"{prefix}fixed_param") or ()
         return self._set(f"{prefix}fixed_param"), excluded
@@ -265,20 +277,15 @@ class _Reader:
         for name, arguments in (("process_roidb", 1), ("process_output", 2)):
             process = self._take(f"TestParam.{name}")
             if process is not None and not is_identity(process, arguments):
-                self.notes.append(f"TestParam.{name} is not called: every image is tested once, at one scale")
+                self.notes.append(f"TestParam.{name} is not called: each image is tested once, at one scale")
         run, prefix = self.given.get("General.name"), self._take("TestParam.model.prefix")
         if prefix is not None and run is not None and prefix != f"experiments/{run}/checkpoint":
-            self.notes.append(f"TestParam.model.prefix {prefix!r} is not read: name a file with --checkpoint FILE")
+            self.notes.append(f"TestParam.model.prefix {prefix!r} is not read: pass a file with --checkpoint FILE")
         if self.given.get("TestParam.model.epoch") == self.given.get("OptimizeParam.schedule.end_epoch"):
-            self._take("TestParam.model.epoch")  # the newest checkpoint is that, once the training is over
+            self._take("TestParam.model.epoch")  # the newest checkpoint after a complete training
         nms = self.given.get("TestParam.nms.type")
         if callable(nms):
             raise ValueError("TestParam.nms.type: expected 'nms', 'soft_linear' or 'soft_gaussian', got a function")
-
-    def _annotation(self) -> str | None:
-        """Of a test's images."""
-        annotation = self._take("TestParam.coco.annotation")
-        return None if annotation is None or self.is_train else str(annotation)
 
     def _replace(self, key: str, instead: str, quiet: Any = None) -> None:
         value = self._take(key, quiet)
@@ -286,7 +293,7 @@ class _Reader:
             self._note_training(f"{key} = {shown(value)} is not read: {instead}")
 
     def _take_over(self) -> None:
-        """What is left: fields of the same name here, and those that nobody reads."""
+        """Copy the remaining fields that have the same name here, and note the others."""
         known = {key: section for key, section, entry in leaves(self.config) if "derived" not in entry.metadata}
         for key, value in self.given.items():
             if key in known:
@@ -298,16 +305,16 @@ class _Reader:
                 self.notes.append(f"{key} = {shown(value)} is not read: there is no such setting{hint}")
 
     def _report_undeclared(self, tree: ast.Module) -> None:
-        """Classes of get_config that reach nobody. NormalizeParam is there for the file's own use of its normalizer."""
+        """Note the classes of get_config that are not read. A file uses NormalizeParam.normalizer itself."""
         for name, assigned in declared_classes(tree).items():
             lost = [field for field in assigned if (name, field) != ("NormalizeParam", "normalizer")]
             if name not in (*SECTIONS, *_OTHERS) and lost:
-                self.notes.append(f"{name}.{', '.join(lost)} not read: the file itself may, nothing else does")
+                self.notes.append(f"{name}.{', '.join(lost)} not read, except by the file itself")
 
 
 def _only_argument(part: Part, name: str) -> Any:
     if len(part.args) != 1:
-        raise ValueError(f"{part}: expected it to be built from {name}, got {len(part.args)} arguments")
+        raise ValueError(f"{part}: expected one argument, {name}, got {len(part.args)} arguments")
     return part.args[0]
 
 
@@ -316,9 +323,3 @@ def _class(part: Part, known: Sequence[str], name: str, what: str) -> type:
         raise ValueError(unsupported(f"the {what} {part}"))
     found: type = next(getattr(module, name) for module in (fpg, nasfpn, retinanet) if hasattr(module, name))
     return found
-
-
-def _show_graph(graph: Any) -> str:
-    if not isinstance(graph, Graph):
-        return f"{graph!r:.200}"
-    return f"{graph.detector} of {', '.join(str(part) for part in graph.parts)}"

@@ -1,4 +1,4 @@
-"""The path-aggregation pyramid of SimpleDet's TD-BU recipe at 640, under the module path and class name of its file."""
+"""The path-aggregation pyramid of SimpleDet's TD-BU recipe at 640, under SimpleDet's module path and class name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from models.NASFPN.builder import TopDownBottomUpFPNNeck
 
 
 class PAFPNNeckP3P7(TopDownBottomUpFPNNeck):
-    """Top-down bottom-up pyramid over P3 to P7 (Liu et al. 2018, PANet) whose max pooling overlaps: 3x3, padding 1."""
+    """Top-down bottom-up pyramid over P3 to P7 (Liu et al. 2018, PANet) with overlapping max pooling, 3x3, pad 1."""
 
     pool_kernel = 3
     pool_pad = 1

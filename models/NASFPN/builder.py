@@ -1,6 +1,6 @@
-"""Stacked feature pyramids as symbols: NAS-FPN (Ghiasi et al. 2019) and a top-down bottom-up pyramid, both repeated.
+"""Stacked feature pyramids as symbols: NAS-FPN (Ghiasi et al. 2019) and a repeated top-down bottom-up pyramid.
 
-A pyramid is a tuple of five levels P3 to P7, strides 8 to 128. N images, C channels, H, W.
+A pyramid has five levels, P3 to P7, with strides 8 to 128.
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ class ResNetV1bFPN(MSRAResNetV1bFPN):
 
 
 def merge_sum(f1: Symbol, f2: Symbol, name: str) -> Symbol:
-    """f1 + f2."""
+    """Return f1 + f2."""
     return add_n(f1, f2, name=f"{name}_sum")
 
 
 def merge_gp(f1: Symbol, f2: Symbol, name: str) -> Symbol:
-    """Global pooling fusion: f1 + f2 * sigmoid(global max of f1), Ghiasi et al. 2019, figure 3."""
+    """Return the global pooling fusion f1 + f2 * sigmoid(global max of f1), Ghiasi et al. 2019, figure 3."""
     pooled = S.Pooling(f1, kernel=(1, 1), pool_type="max", global_pool=True, name=f"{name}_gp")
     attention = S.Activation(pooled, act_type="sigmoid", name=f"{name}_sigmoid")
     return add_n(f1, S.broadcast_mul(f2, attention, name=f"{name}_mul"), name=f"{name}_sum")
 
 
 class StackedNeck:
-    """A pyramid of lateral 1x1 convolutions (stage S0), then `num_stage` fusions of it (S1, S2, ...).
+    """A pyramid of lateral convolutions (stage S0), followed by `num_stage` fusion stages (S1, S2, ...).
 
-    A subclass gives one fusion. Names are `S<stage>_<level>[_<step>]`.
+    A subclass defines one fusion stage. Node names are `S<stage>_<level>[_<step>]`.
     """
 
     def __init__(self, pNeck: NeckParam) -> None:
         self.p = pNeck
 
     def get_rpn_feature(self, feat: Features) -> Features:
-        """(P3, P4, P5, P6, P7) from (C2, C3, C4, C5)."""
+        """Return (P3, P4, P5, P6, P7) from (C2, C3, C4, C5)."""
         p, (_, c3, c4, c5) = self.p, feat
         c6 = max_pool(c5, "C6", kernel=2, stride=2)
         c7 = max_pool(c5, "C7", kernel=4, stride=4)
@@ -60,7 +60,7 @@ class StackedNeck:
         return tuple(pyramid[level] for level in LEVELS)
 
     def fuse(self, pyramid: dict[str, Symbol]) -> dict[str, Symbol]:
-        """One stage: five levels in, five levels out."""
+        """Apply one fusion stage, from five levels to five levels."""
         raise NotImplementedError
 
     def _relu_conv_bn(self, data: Symbol, name: str) -> Symbol:
@@ -70,10 +70,10 @@ class StackedNeck:
 
 
 class NASFPNNeck(StackedNeck):
-    """NAS-FPN, 7 merges a stage: Ghiasi et al. 2019, "NAS-FPN", figure 6 (the AmoebaNet-searched 7-merge cell).
+    """NAS-FPN with 7 merges per stage: Ghiasi et al. 2019, "NAS-FPN", figure 6 (the AmoebaNet-searched 7-merge cell).
 
-    The digit after a level counts the stage's merges; a merge is ReLU, 3x3 convolution, BN of a sum or of a global
-    pooling fusion.
+    The digit after a level is the index of the merge within the stage. A merge applies ReLU, a 3x3 convolution and BN
+    to a sum or a global pooling fusion.
     """
 
     def fuse(self, pyramid: dict[str, Symbol]) -> dict[str, Symbol]:
@@ -100,9 +100,9 @@ class NASFPNNeck(StackedNeck):
 
 
 class TopDownBottomUpFPNNeck(StackedNeck):
-    """Each stage goes down the pyramid and up again (Liu et al. 2018, PANet); a merge is a sum, ReLU, 3x3 conv, BN."""
+    """A top-down then a bottom-up path per stage (Liu et al. 2018, PANet). A merge is a sum, ReLU, 3x3 conv, BN."""
 
-    pool_kernel: ClassVar[int] = 2  # of the max pooling with stride 2 on the way up, and its padding
+    pool_kernel: ClassVar[int] = 2  # of the stride-2 max pooling in the bottom-up path
     pool_pad: ClassVar[int] = 0
 
     def fuse(self, pyramid: dict[str, Symbol]) -> dict[str, Symbol]:
@@ -120,14 +120,14 @@ class TopDownBottomUpFPNNeck(StackedNeck):
 
 
 class RetinaNetNeckWithBN(RetinaNetNeck):
-    """FPN with every output level batch-normalised."""
+    """FPN with batch normalisation of every output level."""
 
     def _output(self, data: Symbol, name: str) -> Symbol:
         return self.p.normalizer(data, name=f"{name}_bn")
 
 
 class RetinaNetHeadWithBN(RetinaNetHead):
-    """The subnets with a batch normalisation of its own at every level behind each shared convolution."""
+    """RetinaNet head with batch normalisation, separate per level, after each shared convolution."""
 
     def _normalize(self, data: Symbol, name: str) -> Symbol:
         return self.p.normalizer(data, name=name)

@@ -1,7 +1,7 @@
-"""Input transforms of the NAS-FPN recipes: resize by the longer side and crop a window of the input's size.
+"""Input transforms of the NAS-FPN recipes: resize by the longer side, and crop a window of the input size.
 
-Boxes are (G, 5) float32: xyxy with inclusive corners, in pixels of the image as it is at that point, and the
-class. `models.record` says what a record holds.
+Boxes are (G, 5) float32: xyxy with inclusive corners, in pixels of the current image, and the class. See
+`models.record.Record` for the fields of a record.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 class ResizeCrop2DImageBbox:
-    """Test input: the largest scale at which the image fits into the input; for a square one, the longer side
-    becomes the input's. Scaled sides are rounded down; boxes are scaled and clipped."""
+    """Resize to the largest scale at which the image fits into the input; used in testing.
+
+    For a square input the longer side becomes the input's side. Scaled sides are rounded down; boxes are scaled and
+    clipped.
+    """
 
     def __init__(self, pResize: ResizeParam) -> None:
         self.p = pResize
@@ -30,9 +33,10 @@ class ResizeCrop2DImageBbox:
 
 
 class RandResizeCrop2DImageBbox:
-    """Training input: scale as for the test input but to sides times U(scale_min, scale_max), then a window
-    of at most the input's size at a random place. Boxes are clipped to the window; those outside it are
-    dropped.
+    """Resize with random scale, then crop a random window; used in training.
+
+    The scale fits the image into the input size times U(scale_min, scale_max). The window has at most the input size.
+    Boxes are clipped to the window; those outside it are dropped.
 
     Ghiasi et al. 2019, "NAS-FPN", section 4.1 (scale jitter).
     """
@@ -58,8 +62,8 @@ def _fit_scale(image: np.ndarray, short: int, long: int) -> float:
 
 
 def _scaled_sides(image: np.ndarray, scale: float) -> tuple[int, int]:
-    """Sides rounded down. The margin keeps a product that is whole but for rounding, 49 * (640 / 49),
-    whole."""
+    """Return the scaled sides, rounded down. The margin keeps products such as 49 * (640 / 49) at 640 despite rounding
+    errors."""
     height, width = image.shape[:2]
     return max(1, math.floor(height * scale + 1e-6)), max(1, math.floor(width * scale + 1e-6))
 

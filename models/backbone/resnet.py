@@ -1,8 +1,7 @@
 """ResNets as symbols: He et al. 2016, "Deep Residual Learning for Image Recognition".
 
-A bottleneck that halves the sides does it in its first convolution, which is 1x1 (v1, as published), or in its second,
-3x3 (v1b). Names and shapes of all parameters are the same in both, what they compute is not. Basic blocks have no such
-choice.
+The stride of a bottleneck is in its first convolution, 1x1 (v1, as published), or in its second, 3x3 (v1b). Both
+variants have the same parameter names and shapes, but compute different functions. Basic blocks have no variants.
 
 The names are SimpleDet's: conv0, bn0, stage1_unit1_conv1, ..., stage1_unit1_sc. N images, C channels, H, W.
 """
@@ -17,13 +16,13 @@ from symbol import Symbol, var
 from symbol.layers import Normalizer, cast, conv, max_pool, relu
 
 Variant = Literal["v1", "v1b"]
-PRETRAIN_PREFIX: dict[Variant, str] = {  # ModelParam.pretrain.prefix where it is not set
+PRETRAIN_PREFIX: dict[Variant, str] = {  # default of ModelParam.pretrain.prefix
     "v1": "pretrain_model/resnet-v1-{depth}",
     "v1b": "pretrain_model/resnet{depth}_v1b",
 }
 Unit = Callable[[Symbol, str, int, int, bool, Normalizer], Symbol]
 UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-BASIC_BLOCK = (18, 34)  # two 3x3 convolutions; deeper networks squeeze the channels to a quarter and back
+BASIC_BLOCK = (18, 34)  # depths with units of two 3x3 convolutions; deeper networks use bottlenecks
 
 
 def _shortcut(data: Symbol, name: str, filter: int, stride: int, project: bool, norm: Normalizer) -> Symbol:
@@ -52,9 +51,9 @@ def _bottleneck_unit(
 
 
 def resnet_v1b(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int = 64) -> tuple[Symbol, ...]:
-    """(C2, C3, C4, C5), strides 4 to 32, from the input `data` (N, 3, H, W); with fp16, in float16.
+    """Return (C2, C3, C4, C5), strides 4 to 32, of the input `data` (N, 3, H, W); with fp16, in float16.
 
-    Raises ValueError for a depth that is none of 18, 34, 50, 101, 152.
+    Raises ValueError for a depth other than 18, 34, 50, 101, 152.
     """
     if depth not in UNITS:
         raise ValueError(f"BackboneParam.depth: expected one of {', '.join(map(str, UNITS))}, got {depth}")
@@ -63,13 +62,13 @@ def resnet_v1b(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int =
 
 
 def resnet_v1(depth: int, normalizer: Normalizer, fp16: bool, num_filter: int = 64) -> tuple[Symbol, ...]:
-    """As resnet_v1b, for networks of bottlenecks.
+    """Return the features of ResNet v1, as `resnet_v1b` does.
 
-    Raises ValueError for a depth that is none of 50, 101, 152.
+    Raises ValueError for a depth other than 50, 101, 152.
     """
     known = [one for one in UNITS if one not in BASIC_BLOCK]
     if depth not in known:
-        hint = "; basic blocks have no variants: take the v1b backbone" if depth in BASIC_BLOCK else ""
+        hint = "; basic blocks have no variants: use the v1b backbone" if depth in BASIC_BLOCK else ""
         raise ValueError(
             f"BackboneParam.depth: expected one of {', '.join(map(str, known))} for ResNet v1, got {depth}{hint}"
         )
@@ -97,11 +96,11 @@ def _resnet(depth: int, unit: Unit, normalizer: Normalizer, fp16: bool, num_filt
 
 
 def variant_of(backbone: type) -> Variant:
-    """Return the variant that a backbone's class builds; v1b for a class of the user's own that does not say."""
+    """Return the variant that a backbone class builds; v1b for user classes without the attribute."""
     variant: Variant = getattr(backbone, "variant", "v1b")
     return variant
 
 
 def default_prefix(depth: int, variant: Variant) -> str:
-    """Return the value of ModelParam.pretrain.prefix where it is not set."""
+    """Return the default of ModelParam.pretrain.prefix."""
     return PRETRAIN_PREFIX[variant].format(depth=depth)

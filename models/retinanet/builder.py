@@ -1,6 +1,6 @@
 """RetinaNet as symbols: Lin et al. 2017, "Focal Loss for Dense Object Detection".
 
-N images, A anchors per cell, C classes, H, W a level's sides, K anchors of all levels, P cells of all levels.
+N images, A anchors per cell, C classes, H x W cells of a level, K anchors of all levels, P cells of all levels.
 Boxes are xyxy with inclusive corners, in input pixels.
 """
 
@@ -18,46 +18,51 @@ from symbol.layers import add_n, cast, concat, conv, relu, reshape, sigmoid, ups
 if TYPE_CHECKING:
     from config.schema import BackboneParam, NeckParam, RpnParam
 
-PRIOR = 0.01  # the first foreground probability of every anchor
-SMOOTH_L1_BETA = 0.11  # smooth L1 is quadratic below
+PRIOR = 0.01  # initial foreground probability of every anchor
+SMOOTH_L1_BETA = 0.11  # smooth L1 is quadratic below this difference
 
 Features = tuple[Symbol, ...]
 
 
 class RetinaNet:
-    """Backbone, neck and head as a graph to train and a graph to test."""
+    """The training and test graphs of backbone, neck and head."""
 
     @staticmethod
     def get_train_symbol(backbone: MSRAResNetV1bFPN, neck: RetinaNetNeck, head: RetinaNetHead) -> Symbol:
-        """Outputs cls_loss and reg_loss, from data (N, 3, H, W) and the labels rpn_cls_label (N, K), rpn_reg_target
-        and rpn_reg_weight (N, 4A, P); with sync_loss also rpn_fg_count (N,)."""
+        """Return the graph with outputs cls_loss and reg_loss.
+
+        Inputs are data (N, 3, H, W) and the labels rpn_cls_label (N, K), rpn_reg_target and rpn_reg_weight (N, 4A, P);
+        with sync_loss also rpn_fg_count (N,).
+        """
         feat = neck.get_rpn_feature(backbone.get_rpn_feature())
         return Group(head.get_loss(feat, var("rpn_cls_label"), var("rpn_reg_target"), var("rpn_reg_weight")))
 
     @staticmethod
     def get_test_symbol(backbone: MSRAResNetV1bFPN, neck: RetinaNetNeck, head: RetinaNetHead) -> Symbol:
-        """Outputs cls_score (N, M, C + 1) and bbox_xyxy (N, M, 4), M = levels * pre_nms_top_n, from data (N, 3, H, W)
-        and im_info (N, 3)."""
+        """Return the graph with outputs cls_score (N, M, C + 1) and bbox_xyxy (N, M, 4), M = levels * pre_nms_top_n.
+
+        Inputs are data (N, 3, H, W) and im_info (N, 3).
+        """
         feat = neck.get_rpn_feature(backbone.get_rpn_feature())
         return Group(head.get_prediction(feat, var("im_info")))
 
 
 class MSRAResNetV1bFPN:
-    """ResNet v1b with the four features that a pyramid starts from."""
+    """ResNet v1b with the four feature maps that a pyramid is built from."""
 
-    variant: ClassVar[Variant] = "v1b"  # which pretrained weights fit: their names and shapes do not tell
+    variant: ClassVar[Variant] = "v1b"  # selects the pretrained weights, whose names and shapes do not differ
 
     def __init__(self, pBackbone: BackboneParam) -> None:
         self.p = pBackbone
 
     def get_rpn_feature(self) -> Features:
-        """(C2, C3, C4, C5)."""
+        """Return (C2, C3, C4, C5)."""
         p = self.p
         return resnet_v1b(p.depth, p.normalizer, p.fp16, p.num_filter)
 
 
 class MSRAResNetV1FPN(MSRAResNetV1bFPN):
-    """ResNet v1 of depth 50, 101 or 152, as the paper has it, with the same features."""
+    """ResNet v1 of depth 50, 101 or 152, as in the paper, with the same features."""
 
     variant = "v1"
 
@@ -67,7 +72,7 @@ class MSRAResNetV1FPN(MSRAResNetV1bFPN):
 
 
 class RetinaNetNeck:
-    """FPN as RetinaNet uses it: P3 to P5 top-down, P6 and P7 by strided convolutions of C5."""
+    """The FPN of RetinaNet: P3 to P5 top-down, P6 and P7 by strided convolutions of C5."""
 
     def __init__(self, pNeck: NeckParam) -> None:
         self.p = pNeck
@@ -77,11 +82,11 @@ class RetinaNetNeck:
         return conv(data, name, filter, kernel=kernel, stride=stride, no_bias=False, init=XAVIER)
 
     def _output(self, data: Symbol, name: str) -> Symbol:
-        """A level's last step; the variant with BN normalises here."""
+        """Return the output of a level; overridden to normalise it."""
         return data
 
     def get_rpn_feature(self, feat: Features) -> Features:
-        """(P3, P4, P5, P6, P7), strides 8 to 128."""
+        """Return (P3, P4, P5, P6, P7), strides 8 to 128."""
         _, c3, c4, c5 = feat
         p5 = self._conv(c5, "P5_lateral", kernel=1)
         p4_lateral = self._conv(c4, "P4_lateral", kernel=1)
@@ -108,17 +113,17 @@ class RetinaNetHead:
 
     @property
     def num_base_anchor(self) -> int:
-        """A."""
+        """A, the number of anchors per cell."""
         return len(self.p.anchor_generate.ratio) * len(self.p.anchor_generate.scale)
 
     @property
     def num_foreground(self) -> int:
-        """C."""
+        """C, the number of foreground classes."""
         assert self.p.num_class is not None
         return self.p.num_class - 1
 
     def _normalize(self, data: Symbol, name: str) -> Symbol:
-        """What follows a subnet's convolution; the variant with BN normalises here."""
+        """Return the output of a subnet's convolution; overridden to normalise it."""
         return data
 
     def _weights(self, subnet: str, prior_bias: str) -> dict[str, tuple[Symbol, Symbol]]:
@@ -144,7 +149,7 @@ class RetinaNetHead:
         return conv(x, f"{pred}_s{stride}", filter, kernel=3, no_bias=False, weight=weight, bias=bias)
 
     def get_output(self, feat: Features) -> tuple[list[Symbol], list[Symbol]]:
-        """Logits (N, A*C, H, W) and deltas (N, A*4, H, W) of every level."""
+        """Return logits (N, A*C, H, W) and deltas (N, A*4, H, W) of every level."""
         cls_weights = self._weights("cls", constant(-math.log((1 - PRIOR) / PRIOR)))
         bbox_weights = self._weights("bbox", ZERO)
         cls_logit, bbox_delta = [], []
@@ -155,7 +160,7 @@ class RetinaNetHead:
         return cls_logit, bbox_delta
 
     def _flatten(self, feat: Features) -> tuple[Symbol, Symbol]:
-        """Logits (N, K, C) and deltas (N, 4A, P), levels in stride order, anchors per level in (A, H*W) order."""
+        """Return logits (N, K, C) and deltas (N, 4A, P): levels by stride, anchors of a level in (A, H*W) order."""
         logits, deltas = [], []
         levels = zip(self.p.anchor_generate.stride, *self.get_output(feat), strict=True)
         for stride, logit, delta in levels:
@@ -171,8 +176,11 @@ class RetinaNetHead:
         return concat(logits, 1, "cls_logit_concat"), concat(deltas, 2, "bbox_delta_concat")
 
     def get_loss(self, feat: Features, cls_label: Symbol, reg_target: Symbol, reg_weight: Symbol) -> list[Symbol]:
-        """[cls_loss, reg_loss]: focal loss and smooth L1, each divided by the device's foreground count + 1, or with
-        sync_loss by rpn_fg_count, the count averaged over all devices."""
+        """Return [cls_loss, reg_loss], focal loss and smooth L1.
+
+        Each is divided by the device's foreground count + 1; with sync_loss by rpn_fg_count, the count averaged over
+        all devices.
+        """
         p = self.p
         logit, delta = self._flatten(feat)
         difference = S.elemwise_sub(delta, reg_target, name="bbox_difference")
@@ -184,7 +192,7 @@ class RetinaNetHead:
         if not p.sync_loss:
             cls_loss = S._contrib_FocalLoss(logit, cls_label, normalization="valid", name="cls_loss", **focal)
             return [cls_loss, S.MakeLoss(reg_loss, name="reg_loss")]
-        # every image of the batch has the same average: one is enough, as (1, 1, 1)
+        # all images of the batch have the same average: take the first, as (1, 1, 1)
         count = S.slice_axis(var("rpn_fg_count", shape=(0,)), axis=0, begin=0, end=1, name="fg_count")
         count = reshape(count, (1, 1, 1), "fg_count_reshape")
         cls_loss = S._contrib_FocalLoss(logit, cls_label, out_grad=True, name="cls_focal_loss", **focal)
@@ -193,7 +201,7 @@ class RetinaNetHead:
         return [S.MakeLoss(cls_loss, name="cls_loss"), S.MakeLoss(reg_loss, name="reg_loss")]
 
     def get_prediction(self, feat: Features, im_info: Symbol) -> list[Symbol]:
-        """[cls_score, bbox_xyxy]: the best pre_nms_top_n candidates of every level, decoded, before NMS."""
+        """Return [cls_score, bbox_xyxy]: the pre_nms_top_n best candidates per level, decoded, before NMS."""
         p = self.p
         boxes, scores = [], []
         coarsest = max(p.anchor_generate.stride)
@@ -215,7 +223,7 @@ class RetinaNetHead:
                 feature_stride=stride,
                 rpn_pre_nms_top_n=p.proposal.pre_nms_top_n,
                 rpn_min_size=0,
-                # the coarsest level always has candidates, so that no image is left without
+                # no threshold on the coarsest level, so that every image has candidates
                 thresh=0.0 if stride == coarsest else p.proposal.min_det_score,
                 name=f"proposal_stride{stride}",
             )

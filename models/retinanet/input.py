@@ -1,8 +1,8 @@
-"""Input transforms of RetinaNet. They run on a batch, on the training device.
+"""Input transforms of RetinaNet, which run per batch on the training device.
 
-A transform changes a record in place. A batched record holds torch tensors: `image` uint8 RGB padded with
-zeros, `im_info` (N, 3) = height, width, scale before padding, `gt_bbox` (N, G, 5) = x1, y1, x2, y2, class
-padded with rows of -1. Boxes are xyxy in input pixels with inclusive corners.
+A transform modifies a record in place. A batched record holds torch tensors: `image` uint8 RGB padded with zeros,
+`im_info` (N, 3) = height, width, scale before padding, `gt_bbox` (N, G, 5) = x1, y1, x2, y2, class padded with rows
+of -1. Boxes are xyxy in input pixels with inclusive corners.
 
 Shapes: N images, G boxes per image, A anchors per cell, H x W cells of a level, K anchors of all levels.
 """
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 class Norm2DImage(BatchTransform):
-    """image = (image - mean) / std in float32, and zero in the padding beyond im_info.
+    """Normalisation to (image - mean) / std in float32, with zeros in the padding beyond im_info.
 
-    Takes (N, 3, height, width) or (N, height, width, 3) tensors, or one numpy image of either layout without
-    N; the layout stays. A record without im_info has no padding.
+    Takes (N, 3, height, width) or (N, height, width, 3) tensors, or one numpy image of either layout without N, and
+    preserves the layout. A record without im_info has no padding.
     """
 
     def __init__(self, pNorm: NormParam) -> None:
         self.p = pNorm
-        self._scale: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std (3,) by device, made on first use
+        self._scale: dict[torch.device, tuple[Tensor, Tensor]] = {}  # mean and std (3,) by device, created on first use
 
     def apply(self, batch: Any) -> None:
         image = batch["image"]
@@ -47,7 +47,7 @@ class Norm2DImage(BatchTransform):
 
     def _normalize(self, image: Tensor, im_info: Tensor | None) -> Tensor:
         last = _is_channel_last(image)
-        if image.device not in self._scale:  # to copy them at every step would make the host wait for the device
+        if image.device not in self._scale:  # cached, because copying them per step would synchronise host and device
             mean, std = (torch.tensor(value, dtype=torch.float32) for value in (self.p.mean, self.p.std))
             self._scale[image.device] = mean.to(image.device), std.to(image.device)
         mean, std = (value.reshape((3,) if last else (3, 1, 1)) for value in self._scale[image.device])
@@ -59,17 +59,17 @@ class Norm2DImage(BatchTransform):
 
 
 class PyramidAnchorTarget2D(BatchTransform):
-    """Adds what the losses compare the head with.
+    """Anchor targets: labels and regression targets of the losses.
 
-    Reads `gt_bbox`, `im_info` and the shape of `image` (or `data`). It adds, levels in the order of strides:
+    Reads `gt_bbox`, `im_info` and the shape of `image` (or `data`). Adds, with levels in the order of strides:
         rpn_cls_label   (N, sum of A*H*W)      -1 ignored, 0 background, else the class; per level (A, H, W)
         rpn_reg_target  (N, 4A, sum of H*W)    dx, dy, dw, dh of each foreground anchor, else 0
         rpn_reg_weight  (N, 4A, sum of H*W)    1 where the label is foreground, else 0
         rpn_fg_count    (N,)                   foreground anchors of each image, at least 1
-    One record without N, of numpy arrays, gets numpy arrays without N.
+    A single record of numpy arrays, without N, gets numpy arrays without N.
 
-    A batch whose images are at least as high as wide has maps of long x short cells, else short x long.
-    Without an image in the record im_info says which; ValueError where the images of a batch disagree.
+    A batch of images that are at least as high as wide has feature maps of long x short cells, else short x long.
+    Without an image in the record im_info gives the orientation; ValueError if the images of a batch differ in it.
     """
 
     def __init__(self, pAnchor: AnchorTarget2DParam) -> None:
@@ -77,7 +77,7 @@ class PyramidAnchorTarget2D(BatchTransform):
         self._base = [
             base_anchors(s, pAnchor.generate.scales, pAnchor.generate.aspects) for s in pAnchor.generate.stride
         ]
-        self._anchors: dict[tuple[bool, torch.device], Tensor] = {}  # by orientation and device, made on first use
+        self._anchors: dict[tuple[bool, torch.device], Tensor] = {}  # by orientation and device, created on first use
 
     def apply(self, batch: Any) -> None:
         gt_bbox = batch["gt_bbox"]
@@ -109,12 +109,12 @@ class PyramidAnchorTarget2D(BatchTransform):
         }
 
     def _map_sizes(self, portrait: bool) -> list[tuple[int, int]]:
-        """(H, W) of every level."""
+        """Return (H, W) of every level."""
         short, long = self.p.generate.short, self.p.generate.long
         return list(zip(long, short, strict=True) if portrait else zip(short, long, strict=True))
 
     def _all_anchors(self, portrait: bool, device: torch.device) -> Tensor:
-        """(K, 4), per level in (A, H, W) order."""
+        """Return all anchors (K, 4), per level in (A, H, W) order."""
         if (portrait, device) not in self._anchors:
             levels = []
             sizes = self._map_sizes(portrait)
@@ -125,7 +125,7 @@ class PyramidAnchorTarget2D(BatchTransform):
         return self._anchors[portrait, device]
 
     def _by_cell(self, value: Tensor, portrait: bool) -> Tensor:
-        """(N, K, 4) of anchors to float32 (N, 4A, sum of H*W)."""
+        """Reorder values per anchor (N, K, 4) to float32 (N, 4A, sum of H*W)."""
         A = len(self._base[0])
         cells = [H * W for H, W in self._map_sizes(portrait)]
         out = value.new_empty(len(value), A, 4, sum(cells), dtype=torch.float32)
@@ -137,9 +137,10 @@ class PyramidAnchorTarget2D(BatchTransform):
 
 
 class AverageFgCount(BatchTransform):
-    """Replaces the foreground counts (N,) of images by what every device divides its losses by, N times, at least once.
+    """Average of the foreground counts (N,) over all devices, which the losses are divided by.
 
-    That is the mean, over the devices and the batches that each adds up for an update, of a batch's total; at least 1.
+    Replaces the counts by the mean of the batch totals, over the devices and the batches accumulated for an update, and
+    at least 1. The mean is repeated N times, at least once.
     """
 
     def __init__(self, name: str) -> None:
@@ -149,12 +150,12 @@ class AverageFgCount(BatchTransform):
         mean = torch.stack([batch[self.name].sum() for batch in batches]).mean()
         mean = _mean_over_devices(mean).clamp(min=1)
         for batch in batches:
-            # a batch without images is divided by it too
+            # one element also for a batch without images, whose losses are divided by it too
             batch[self.name] = mean.expand(max(1, len(batch[self.name]))).clone()
 
 
 def _mean_over_devices(value: Tensor) -> Tensor:
-    """The mean over all processes of the scalar that each holds: of one process, that scalar."""
+    """Return the mean of a scalar over all processes."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
     value = value.clone()
@@ -163,7 +164,7 @@ def _mean_over_devices(value: Tensor) -> Tensor:
 
 
 def _is_channel_last(image: Tensor) -> bool:
-    """Is (N, height, width, 3), not (N, 3, height, width)?"""
+    """Return True for (N, height, width, 3), False for (N, 3, height, width). Raises ValueError for other shapes."""
     if image.dim() == 4 and image.shape[1] == 3:
         return False
     if image.dim() == 4 and image.shape[3] == 3:
@@ -175,14 +176,14 @@ def _is_channel_last(image: Tensor) -> bool:
 
 
 def _padding(size: torch.Size, im_info: Tensor) -> Tensor:
-    """(N, height, width) bool: pixels beyond the height and width of im_info (N, 3)."""
+    """Return the padding mask (N, height, width): pixels beyond the height and width of im_info (N, 3)."""
     row = torch.arange(size[0], device=im_info.device) >= im_info[:, :1]  # (N, height)
     column = torch.arange(size[1], device=im_info.device) >= im_info[:, 1:2]  # (N, width)
     return row[:, :, None] | column[:, None, :]
 
 
 def _is_portrait(batch: Any, im_info: Tensor) -> bool:
-    """Whether the padded images of the batch are at least as high as wide."""
+    """Return True if the padded images of the batch are at least as high as wide."""
     image = batch.get("image", batch.get("data"))
     if image is not None:
         last = _is_channel_last(image if image.ndim == 4 else image[None])

@@ -1,4 +1,4 @@
-"""Small experiments without data on disk."""
+"""Fixtures: config files and annotations, without images on disk."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ def nasfpn_640(config_folder: Path) -> Path:
 
 @pytest.fixture
 def no_data(tmp_path: Path) -> str:
-    """The override for a data root without any data, whatever lies in ./data."""
+    """The override for a data root without data, independent of ./data."""
     return f"DatasetParam.data_root={tmp_path / 'none'}"
 
 
 @pytest.fixture
 def write_config(tmp_path: Path) -> Callable[[str], Path]:
-    """Writes a config file whose get_config changes the recipe by the given lines."""
+    """A function that writes a config file whose get_config applies the given lines to the recipe."""
 
     def write(*lines: str) -> Path:
         head = [
@@ -44,7 +44,7 @@ def write_config(tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def write_annotation(tmp_path: Path) -> Callable[[str, Sequence[str]], Path]:
-    """Writes the annotation file of image set `name` with these classes; returns the data root."""
+    """A function that writes the annotation file of image set `name` with these classes and returns the data root."""
 
     def write(name: str, classes: Sequence[str]) -> Path:
         dataset, split = name.split("_")

@@ -1,6 +1,6 @@
-"""A config file as SimpleDet reads them, for the demo's images: what its users bring along."""
+"""A config file in SimpleDet's format for the demo's images, as its users write them."""
 
-# ruff: noqa (the shape is theirs)
+# ruff: noqa (SimpleDet's style)
 
 from models.NASFPN.builder import NASFPNNeck as Neck
 from models.NASFPN.builder import ResNetV1bFPN as Backbone
@@ -216,6 +216,17 @@ def get_config(is_train):
     metric_list = [metric.FGAccMetric("FGAcc", ["cls_loss_output"], ["rpn_cls_label"])]
 
     return (
-        *(General, KvstoreParam, RpnParam, RoiParam, BboxParam, DatasetParam, ModelParam, OptimizeParam, TestParam),
-        *(transform, data_name, label_name, metric_list),
+        General,
+        KvstoreParam,
+        RpnParam,
+        RoiParam,
+        BboxParam,
+        DatasetParam,
+        ModelParam,
+        OptimizeParam,
+        TestParam,
+        transform,
+        data_name,
+        label_name,
+        metric_list,
     )

@@ -1,4 +1,4 @@
-"""The demo's SimpleDet file, with edits: other files of that shape for the tests."""
+"""Variants of the demo's SimpleDet file, made by text edits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def network(batch_image: int, size: int, dim: int, stages: int = 7) -> tuple[Edi
 
 
 def loader(folder: Path) -> Load:
-    """Loads the demo's file with edits, from `folder`; there is no data."""
+    """Return a function that loads the demo's file with edits from `folder`, without data."""
 
     def load(*edits: Edit, is_train: bool = True, overrides: Sequence[str] = (), name: str = "one@file") -> Config:
         text = DEMO.read_text()

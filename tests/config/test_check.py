@@ -1,4 +1,4 @@
-"""Combinations that cannot work are refused with what to write instead."""
+"""Invalid combinations of fields are rejected with a remedy."""
 
 import pytest
 
@@ -33,7 +33,7 @@ def test_the_recipe_passes() -> None:
         (["General.loader_worker=-1"], "General.loader_worker: expected 0 or more, got -1"),
         (
             ["NormalizeParam.type=fixbn", "ModelParam.from_scratch=True"],
-            "random weights .*; write NormalizeParam.type=localbn",
+            "random weights would diverge; write NormalizeParam.type=localbn",
         ),
         (["NormalizeParam.eps=0"], "NormalizeParam.eps: expected more than 0, got 0.0"),
         (["NormalizeParam.lr_mult=-1"], "NormalizeParam.lr_mult: expected 0 or more, got -1.0"),
@@ -42,14 +42,14 @@ def test_the_recipe_passes() -> None:
         (["TestParam.nms.min_score=-0.1"], "TestParam.nms.min_score: expected 0 to 1, got -0.1"),
         (["OptimizeParam.optimizer.lr=0"], "OptimizeParam.optimizer.lr: expected more than 0, got 0.0"),
         (["General.name=''"], "General.name: expected a folder name or None"),
-        (["KvstoreParam.gpus=0,0"], "KvstoreParam.gpus: expected different device numbers"),
-        (["KvstoreParam.gpus=-1"], "KvstoreParam.gpus: expected different device numbers"),
-        (["DatasetParam.image_set="], "DatasetParam.image_set: expected one or more different image sets"),
-        (["DatasetParam.image_set=coco_a,coco_a"], "expected one or more different image sets"),
+        (["KvstoreParam.gpus=0,0"], "KvstoreParam.gpus: expected distinct device numbers"),
+        (["KvstoreParam.gpus=-1"], "KvstoreParam.gpus: expected distinct device numbers"),
+        (["DatasetParam.image_set="], "DatasetParam.image_set: expected one or more distinct image sets"),
+        (["DatasetParam.image_set=coco_a,coco_a"], "expected one or more distinct image sets"),
         (["DatasetParam.bad_image_limit=0"], "DatasetParam.bad_image_limit: expected at least 1, got 0"),
         (
             ["TestParam.eval_epoch=1"],
-            "nothing to evaluate on; name images, such as TestParam.eval_image_set=",
+            "no image set to evaluate is given; set one, such as TestParam.eval_image_set=",
         ),
         (["NeckParam.S0_kernel=2"], "NeckParam.S0_kernel: expected an odd number"),
         (["RpnParam.anchor_generate.scale="], "anchor_generate.scale: expected positive numbers"),
@@ -59,15 +59,15 @@ def test_the_recipe_passes() -> None:
         (["AnchorTarget2DParam.assign.neg_thr=0.6"], r"assign.neg_thr \(0.6\) exceeds pos_thr \(0.5\)"),
         (["AnchorTarget2DParam.assign.min_pos_thr=0.6"], r"assign.min_pos_thr \(0.6\) exceeds pos_thr"),
         (["NormParam.std=1,0,1"], "NormParam.std: expected positive numbers"),
-        (["RenameParam.mapping={'image': 'x'}"], "RenameParam.mapping: expected 'image' to become 'data'"),
+        (["RenameParam.mapping={'image': 'x'}"], "RenameParam.mapping: expected 'image' to be renamed to 'data'"),
         (["OptimizeParam.schedule.end_epoch=0"], "OptimizeParam.schedule.end_epoch: expected at least 1, got 0"),
-        (["OptimizeParam.schedule.end_epoch=10"], r"between 0 and end_epoch \(10\), .* write such as 6,8"),
+        (["OptimizeParam.schedule.end_epoch=10"], r"between 0 and end_epoch \(10\), .* write for example 6,8"),
         (["OptimizeParam.schedule.lr_epoch=15,25"], r"between 0 and end_epoch \(25\), got \(15.0, 25.0\)"),
-        (["OptimizeParam.schedule.lr_epoch=20,15"], "lr_epoch: expected growing epochs"),
-        (["OptimizeParam.warmup.epoch=16"], "warm-up that is over by epoch 15,"),
+        (["OptimizeParam.schedule.lr_epoch=20,15"], "lr_epoch: expected increasing epochs"),
+        (["OptimizeParam.warmup.epoch=16"], "warm-up that ends by epoch 15,"),
         (
             ["OptimizeParam.schedule.lr_epoch=", "OptimizeParam.warmup.epoch=26"],
-            "warm-up that is over by epoch 25,",
+            "warm-up that ends by epoch 25,",
         ),
     ],
 )
@@ -79,5 +79,5 @@ def test_refusals(overrides: list[str], message: str) -> None:
 
 
 def test_a_required_field_that_the_file_did_not_set() -> None:
-    with pytest.raises(ValueError, match=r"ModelParam.detector is not set; the config file must, such as"):
+    with pytest.raises(ValueError, match=r"ModelParam.detector is not set; set it in the config file, such as"):
         check(schema.Config())

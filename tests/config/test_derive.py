@@ -1,4 +1,4 @@
-"""Everything that follows from a field follows."""
+"""Derived fields: each follows from the fields that it is derived from."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -137,7 +137,7 @@ def test_image_sets_of_different_classes(
 def test_classes_without_annotations(nasfpn_640: Path, no_data: str) -> None:
     config = load(nasfpn_640, no_data)
     assert (config.RpnParam.num_class, config.DatasetParam.class_names) == (81, ())
-    # what is on disk counts; without it, what is stated comes before what is published
+    # annotations on disk take precedence, then RpnParam.num_class, then the published count
     assert load(nasfpn_640, no_data, "RpnParam.num_class=5").RpnParam.num_class == 5
     unknown = "DatasetParam.image_set=mine_train"
     with pytest.raises(FileNotFoundError, match=r"instances_train.json does not exist; .*--data-root"):

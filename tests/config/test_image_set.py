@@ -78,13 +78,13 @@ def test_categories_longer_than_the_scan(tmp_path: Path) -> None:
     "categories, message",
     [
         ([], "'categories' is empty"),
-        ("cat", "'categories' is missing or no list"),
-        ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "category id 1 stands twice"),
+        ("cat", "'categories' is missing or not a list"),
+        ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "category id 1 appears twice"),
         ([{"id": 1, "name": "cat"}, {"id": 2}], r"categories\[1\] is \{'id': 2\}; expected an object"),
         ([{"id": "1", "name": "cat"}], r"categories\[0\]"),
     ],
 )
-def test_bad_categories_are_told(tmp_path: Path, categories: object, message: str) -> None:
+def test_bad_categories_are_rejected(tmp_path: Path, categories: object, message: str) -> None:
     image_set = write(tmp_path / "a.json", json.dumps({"categories": categories}))
     with pytest.raises(ValueError, match=message) as caught:
         class_names(image_set)

@@ -1,4 +1,4 @@
-"""Config files: what goes wrong in one is said with file and line; what comes out can be read again."""
+"""Config files: errors are reported with file and line, and the formatted config can be read back."""
 
 import re
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_a_file_that_is_no_config(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a.py: expected a function get_config\(is_train: bool\) -> Config"):
         load_config(path, is_train=True)
     path.write_text("def get_config(is_train):\n    return 1\n")
-    with pytest.raises(ValueError, match=r"must return a config.schema.Config, got int; a recipe such as"):
+    with pytest.raises(ValueError, match=r"must return a config.schema.Config, got int; start from a recipe such as"):
         load_config(path, is_train=True)
     path.write_text("def get_config():\n    return 1\n")
     with pytest.raises(ValueError, match=r"a.py: TypeError: get_config\(\) takes 0 positional arguments"):
@@ -70,7 +70,7 @@ def test_a_missing_file_names_its_neighbours(config_folder: Path, tmp_path: Path
     with pytest.raises(FileNotFoundError, match=r"a.py does not exist; nearest in .*: no config file"):
         load_config(tmp_path / "a.py", is_train=True)
     with pytest.raises(
-        ValueError, match=r"expected a config file \(.py\), got a folder; it holds retina_.*_25epoch.py"
+        ValueError, match=r"expected a config file \(.py\), got a folder, which contains retina_.*_25epoch.py"
     ):
         load_config(config_folder / "NASFPN", is_train=True)
 

@@ -1,4 +1,4 @@
-"""NormalizeParam reaches the graph, and what it says happens."""
+"""NormalizeParam: its fields in the graph, and their effect on outputs and updates."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_what_is_not_set_is_not_in_the_graph(build: Build) -> None:
 
 
 def test_eps_is_added_to_the_variance(build: Build) -> None:
-    """Backbone, neck and head; and in numbers: x of variance 1 and mean 0, over sqrt(1 + 3) = 2."""
+    """Backbone, neck and head have it. In numbers: x of variance 1 and mean 0, over sqrt(1 + 3) = 2."""
     graph = build("NormalizeParam.eps=3").train_symbol
     assert {node.attrs["eps"] for node in graph.nodes() if node.op == "BatchNorm"} == {3.0}
     x = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""--set: what it accepts, and how it refuses."""
+"""Overrides (--set): accepted values and error messages."""
 
 import operator
 from typing import Any
@@ -75,7 +75,7 @@ def test_a_later_override_wins() -> None:
         ("NeckParam.num_stage=many", "expected an integer, such as 7; got 'many'"),
         ("NeckParam.num_stage=2.5", "expected an integer, such as 7; got 2.5"),
         ("General.fp16=true", "expected True or False, such as True; got 'true'"),
-        ("General.output_root=None", "expected a text, such as 'experiments'; got None"),
+        ("General.output_root=None", "expected a string, such as 'experiments'; got None"),
         ("BackboneParam.depth=20", "expected one of 18, 34, 50, 101, 152"),
         ("NormParam.mean=1,2", "expected a tuple (3 values, each a finite number), such as (123.688"),
         ("OptimizeParam.schedule.lr_epoch=15,late", "expected a tuple (each a finite number)"),
@@ -85,8 +85,8 @@ def test_a_later_override_wins() -> None:
         ("PadParam.short=640", "short follows from ResizeParam.short and cannot be set"),
         ("ModelParam.train_symbol=x", "train_symbol follows from backbone, neck and head"),
         ("ResizeParam=640", "ResizeParam is a section; set one of its fields: ResizeParam.short"),
-        ("AnchorTarget2DParam.generate=1", "set one of its fields: none, all are derived"),
-        ("RenameParam.mapping.image=data", "RenameParam.mapping is a value without fields; set it whole"),
+        ("AnchorTarget2DParam.generate=1", "set one of its fields: none, all of them are derived"),
+        ("RenameParam.mapping.image=data", "RenameParam.mapping is a value without fields; set all of it"),
     ],
 )
 def test_refusals_name_the_override_and_the_remedy(override: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Every config file in config/ loads for both phases and is what its name and its record say."""
+"""Shipped config files: each loads in both phases and agrees with its name and docstring."""
 
 import ast
 import re
@@ -25,7 +25,7 @@ SMALL = [
     "RpnParam.proposal.pre_nms_top_n=100",
 ]
 CLASSES = ["circle", "cross", "ring", "square", "star", "triangle"]
-PUBLISHED = {  # neck, input, images per GPU, normalisation and its decay, synced loss, AP (None: not published)
+PUBLISHED = {  # neck, input, images per GPU, normalisation and its weight decay, synced loss, AP (None: not published)
     "retina_r50v1b_fpn_640_1@256_25epoch": ("RetinaNetNeckWithBN", 640, 8, "localbn", 0.0, False, "37.4"),
     "retina_r50v1b_nasfpn_640_7@256_25epoch": ("NASFPNNeck", 640, 8, "localbn", 1.0, False, "40.1"),
     "retina_r50v1b_nasfpn_1024_7@256_25epoch": ("NASFPNNeck", 1024, 4, "syncbn", 1.0, False, "44.2"),

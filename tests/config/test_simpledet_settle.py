@@ -1,4 +1,4 @@
-"""What the overrides and the graph settle of a SimpleDet file: sides, epochs, names; and the notes of it."""
+"""Settings of a SimpleDet file that depend on overrides or the graph: sides, epochs, names; and their notes."""
 
 from pathlib import Path
 
@@ -19,15 +19,16 @@ def load(tmp_path: Path) -> Load:
 
 def test_iterations_become_epochs_and_follow_the_devices(load: Load) -> None:
     config = load(*COCO, *network(8, 640, 256))
-    iter_per_epoch = 3820  # 244436 samples, 64 a step
+    iter_per_epoch = 3820  # 244436 samples, 64 per step
     epochs = (244436 * 15 // 64 / iter_per_epoch, 244436 * 20 // 64 / iter_per_epoch)
     assert config.OptimizeParam.schedule.lr_epoch == epochs
     assert [round(epoch * iter_per_epoch) for epoch in epochs] == [57289, 76386]
     assert config.OptimizeParam.warmup.epoch == 244436 // 64 / iter_per_epoch
     assert config.OptimizeParam.warmup.lr_factor == pytest.approx(0.1)
     assert config.notes[-2:] == [
-        "OptimizeParam.schedule.lr_iter, of 64 images each and 3820 an epoch: 57289 is epoch 15, 76386 is epoch 20",
-        "OptimizeParam.warmup.iter, of 64 images each: 3819 is epoch 0.9997",
+        "OptimizeParam.schedule.lr_iter, at 64 images per step and 3820 steps per epoch: "
+        "57289 is epoch 15, 76386 is epoch 20",
+        "OptimizeParam.warmup.iter, at 64 images per step: 3819 is epoch 0.9997",
     ]
     one = load(*COCO, *network(8, 640, 256), overrides=["KvstoreParam.gpus=0", "General.batch_image=4"])
     assert one.OptimizeParam.schedule.lr_epoch == epochs
@@ -51,25 +52,25 @@ def test_iterations_from_the_end_and_beyond_it(load: Load) -> None:
 
 
 def test_iterations_of_large_data_on_small_data(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """20 images flipped are 5 iterations: the file's end long after the training's. The advice is one that works."""
+    """20 images with flips are 5 iterations: the file's schedule ends long after the training. The advice is valid."""
     monkeypatch.setenv("NECKLACE_CACHE", str(tmp_path / "cache"))
     make_demo_dataset(tmp_path / "none" / "demo", train=20, val=1, size=32, seed=0)
     edits = (("[2000 // images_per_step]", "[60000]"), ("iter = 400 // images_per_step", "iter = 500"))
     notes = load(*edits).notes
     *_, lr, warmup, advice = notes
-    assert lr.endswith("of 8 images each and 5 an epoch: 60000 is after the end")
-    assert warmup.endswith("of 8 images each: 500 is epoch 100, cut to 3")
-    assert advice.endswith(f"name epochs, --set {LR}=1.8,2.4 --set {WARMUP}=0.12")
+    assert lr.endswith("at 8 images per step and 5 steps per epoch: 60000 is after the end")
+    assert warmup.endswith("at 8 images per step: 500 is epoch 100, cut to 3")
+    assert advice.endswith(f"set epochs with --set {LR}=1.8,2.4 --set {WARMUP}=0.12")
     advised = load(*edits, overrides=advice.partition("--set ")[2].split(" --set "))
     assert advised.OptimizeParam.schedule.lr_epoch == (1.8, 2.4)
     assert advised.OptimizeParam.warmup.epoch == 0.12
     *_, warmup, advice = load(*edits, overrides=[f"{LR}=2"]).notes
     assert warmup.endswith("cut to 2")
-    assert advice.endswith(f"name epochs, --set {WARMUP}=0.12")
+    assert advice.endswith(f"set epochs with --set {WARMUP}=0.12")
 
 
 def test_as_many_iterations_without_a_flip(load: Load) -> None:
-    """SimpleDet trains on a list of images twice as long whether or not a transform flips the second half."""
+    """SimpleDet doubles the list of images, whether or not a transform flips the second half."""
     flipped, plain = load(*COCO), load(*COCO, NO_FLIP)
     assert (flipped.DatasetParam.flip, plain.DatasetParam.flip) == (True, False)
     assert (flipped.OptimizeParam.schedule.end_epoch, plain.OptimizeParam.schedule.end_epoch) == (25, 50)
@@ -77,11 +78,11 @@ def test_as_many_iterations_without_a_flip(load: Load) -> None:
     ours = build_schedule(plain, iter_per_epoch=1910)
     for step in (0, 3818, 3819, 57288, 57289, 76385, 76386, 25 * 3820 - 1):
         assert ours.lr_at(step) == pytest.approx(theirs.lr_at(step), rel=1e-9), step
-    assert any("has every image twice" in note and "its 25 are 50 here" in note for note in plain.notes)
-    assert not any("has every image twice" in note for note in flipped.notes)
+    assert any("contains every image twice" in note and "25 epochs are 50 here" in note for note in plain.notes)
+    assert not any("contains every image twice" in note for note in flipped.notes)
     three = load(*COCO, NO_FLIP, overrides=["OptimizeParam.schedule.end_epoch=3", f"{LR}=2", f"{WARMUP}=1"])
     assert three.OptimizeParam.schedule.end_epoch == 3
-    assert not any("has every image twice" in note for note in three.notes)
+    assert not any("contains every image twice" in note for note in three.notes)
 
 
 def test_an_override_without_a_flip(load: Load) -> None:
@@ -98,12 +99,12 @@ def test_what_flips_and_what_is_normalised_may_come_from_either_module(load: Loa
     )
     config = load(*COCO, *edits)
     assert not config.DatasetParam.flip
-    assert any("of 64 images each and 1910 an epoch" in note for note in config.notes)
+    assert any("at 64 images per step and 1910 steps per epoch" in note for note in config.notes)
 
 
 def test_an_epoch_of_unknown_length(load: Load) -> None:
     message = (
-        r"lr_iter: how many iterations .* demo_train .*--data-root.*lr_epoch=1\.8,2\.4 --set .*warmup.epoch=0\.12$"
+        r"lr_iter: the number of iterations .* demo_train .*--data-root.*lr_epoch=1\.8,2\.4 --set .*warmup.epoch=0\.12$"
     )
     with pytest.raises(FileNotFoundError, match=message):
         load()

@@ -1,4 +1,4 @@
-"""SimpleDet's RetinaNet files on ResNet v1: the same shape, other classes; one of them trains and tests."""
+"""SimpleDet's RetinaNet files on ResNet v1: same format, other classes; one of them trains and tests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.small_config import SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset
 
 DEMO = Path(__file__).with_name("simpledet_demo.py")
-SIDES = "(13, 7, 4, 2, 1)"  # of 100 and 104, over the strides
+SIDES = "(13, 7, 4, 2, 1)"  # 100 and 104 divided by the strides
 EPOCHS = ["OptimizeParam.schedule.lr_epoch=", "OptimizeParam.warmup.epoch=0"]
 V1 = {
     "from models.NASFPN.builder import NASFPNNeck as": "from models.retinanet.builder import RetinaNetNeck as",
@@ -44,13 +44,13 @@ V1 = {
     "        Pad2DImageBbox,\n": "        Pad2DImageBbox,\n        Resize2DImageBbox,\n",
     "            RandResizeCrop2DImageBbox(": "            Resize2DImageBbox(",
     "            ResizeCrop2DImageBbox(ResizeParam),\n            Pad2DImageBbox(PadParam),\n": "            "
-    "Resize2DImageBbox(ResizeParam),\n",  # it pads in training alone
+    "Resize2DImageBbox(ResizeParam),\n",  # it pads in training only
 }
 
 
 @pytest.fixture
 def v1_file(tmp_path: Path) -> Path:
-    """The demo's file, as SimpleDet writes it for its baseline on ResNet-50 v1."""
+    """The demo's file, changed to SimpleDet's baseline on ResNet-50 v1."""
     text = DEMO.read_text()
     for old, new in V1.items():
         assert text.count(old) == 1, old
@@ -90,7 +90,7 @@ def test_deeper_ones(v1_file: Path, name: str, depth: int) -> None:
 
 def test_basic_blocks_are_v1b(v1_file: Path) -> None:
     v1_file.write_text(v1_file.read_text().replace("MSRAResNet50V1FPN", "MSRAResNet18V1FPN"))
-    with pytest.raises(ValueError, match=r"expected one of 50, 101, 152 for ResNet v1, got 18.*take the v1b backbone"):
+    with pytest.raises(ValueError, match=r"expected one of 50, 101, 152 for ResNet v1, got 18.*use the v1b backbone"):
         load_config(v1_file, True, without_data(v1_file))
 
 
@@ -119,7 +119,7 @@ def test_the_normalizer_is_read(v1_file: Path, arguments: str, expected: tuple[s
 def test_it_trains_and_tests(
     v1_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its backbone's file is found under SimpleDet's name and loaded; what it fixes stays."""
+    """The backbone file is found under SimpleDet's name and loaded; frozen parameters do not change."""
     folder = v1_file.parent
     make_demo_dataset(folder / "data" / "demo", train=9, val=2, size=96, seed=0)
     monkeypatch.chdir(folder)

@@ -1,4 +1,4 @@
-"""A whole detector on parts of a batch: in two processes, and without any image."""
+"""A whole detector on parts of a batch: in two processes, and without images."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ BOXES = [(8, 8, 71, 71, 1), (30, 20, 60, 90, 3), (64, 64, 120, 127, 2), (10, 70,
 
 
 def step(images, overrides):
-    """The losses, gradients and moving statistics of the given images of four, in float64."""
+    """Return losses, gradients and moving statistics of the given images out of four, in float64."""
     config = load_config(str(DEMO), True, overrides)
     record = {
         "image": torch.randint(0, 256, (4, 128, 128, 3), generator=torch.Generator().manual_seed(0)).byte(),

@@ -53,11 +53,11 @@ class Published(NamedTuple):
     memory_gb: float
 
 
-def published(path: Path) -> Published:
-    """Return the published figures that a config states in its docstring."""
-    found = re.search(r"(\d+) images a GPU: ([\d.]+) img/s, ([\d.]+) GB a GPU \(published\)", path.read_text("utf-8"))
-    assert found, f"{path.name} states no published figures"
-    return Published(int(found[1]), float(found[2]), float(found[3]))
+def published(path: Path) -> Published | None:
+    """Return the published figures in the docstring of a config file; None if it has none."""
+    pattern = r"(\d+) images per GPU: ([\d.]+) img/s, ([\d.]+) GB per GPU \(published\)"
+    found = re.search(pattern, path.read_text("utf-8"))
+    return found and Published(int(found[1]), float(found[2]), float(found[3]))
 
 
 def config_of(path: Path, device: torch.device, precision: str, *sets: str) -> Config:

@@ -118,7 +118,7 @@ IMAGE = {"id": 100, "file_name": "a.png", "height": 20, "width": 30}
         ({"annotations": [BOX, BOX]}, "id 1 in 'annotations' more than once"),
         ({"categories": None}, "'categories' is missing"),
         ({"categories": []}, "'categories' is empty"),
-        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "category id 3 stands twice"),
+        ({"categories": [{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]}, "category id 3 appears twice"),
         ({"images": None}, "'images' is missing"),
         ({"images": [{"id": 1, "file_name": "a.png"}]}, r"images\[0\] has no 'height', 'width'"),
         ({"images": [IMAGE | {"height": 0}]}, r"images\[0\]: expected an integer id"),

@@ -13,7 +13,7 @@ from models.NASFPN.input import RandResizeCrop2DImageBbox, ResizeCrop2DImageBbox
 
 
 class Draws:
-    """Stands for a random generator: uniform() gives these fractions of the range, one after the other."""
+    """Stand-in for a random generator: uniform() returns these fractions of the range in order."""
 
     def __init__(self, *fractions: float) -> None:
         self.fractions = list(fractions)
@@ -23,7 +23,7 @@ class Draws:
 
 
 def ramp(height: int, width: int) -> np.ndarray:
-    """Channel 0 is the row, channel 1 the column: a pixel says where it comes from."""
+    """Return an image with the row in channel 0 and the column in channel 1, which identify each pixel."""
     y, x = np.mgrid[:height, :width]
     return np.stack([y, x, np.zeros_like(x)], axis=2).astype(np.uint8)
 
@@ -110,7 +110,7 @@ def test_random_crop_of_a_reduced_image_keeps_all_of_it() -> None:
 
 
 def test_random_crop_moves_boxes_with_pixels() -> None:
-    """Scale 1 by u = 1: the window's pixels name the rows and columns that they came from."""
+    """Scale 1 for u = 1: the window's pixels hold their original rows and columns."""
     boxes = [[40, 60, 49, 69, 1], [0, 60, 4, 69, 2], [133, 60, 149, 69, 3], [0, 60, 5, 69, 4], [132, 60, 149, 69, 5]]
     record = make_record(200, 150, boxes, Draws(1.0, 0.5, 0.25))
     RandResizeCrop2DImageBbox(ResizeParam(short=128, long=128, scale_min=0.5, scale_max=200 / 128)).apply(record)

@@ -1,4 +1,4 @@
-"""ResNet v1 beside v1b: one set of names and shapes, another place of the stride."""
+"""ResNet v1 and v1b: equal names and shapes, different placement of the stride."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_equal_weights_give_another_network() -> None:
     assert not any(torch.allclose(one, other, rtol=0.1) for one, other in zip(v1[1:], v1b[1:], strict=True))
 
 
-@pytest.mark.parametrize("depth, hint", [(18, "; basic blocks have no variants: take the v1b backbone$"), (51, "$")])
+@pytest.mark.parametrize("depth, hint", [(18, "; basic blocks have no variants: use the v1b backbone$"), (51, "$")])
 def test_v1_has_bottlenecks(depth: int, hint: str) -> None:
     with pytest.raises(ValueError, match=rf"expected one of 50, 101, 152 for ResNet v1, got {depth}{hint}"):
         graph(resnet_v1, depth)

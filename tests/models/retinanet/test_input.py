@@ -90,7 +90,7 @@ def test_orientation_and_layout_of_the_levels(layout, portrait):
 
 
 def test_an_image_without_foreground_counts_one():
-    """Source: the original's rpn_fg_count, max(1, count) of each image before the mean over images."""
+    """SimpleDet's rpn_fg_count is max(1, count) per image before the mean over images."""
     box = torch.full((2, 1, 5), -1.0)
     box[0, 0] = torch.tensor([16.0, 8.0, 23.0, 15.0, 5.0])
     record = {"gt_bbox": box, "im_info": torch.tensor([[16.0, 24.0, 1.0]]).repeat(2, 1)}
@@ -98,7 +98,7 @@ def test_an_image_without_foreground_counts_one():
     assert (record["rpn_cls_label"] >= 1).sum(1).tolist() == [1, 0]
     assert record["rpn_fg_count"].tolist() == [1, 1]
     AverageFgCount("rpn_fg_count").apply(record)
-    assert record["rpn_fg_count"].tolist() == [2, 2]  # what the losses are divided by: 1 + max(1, 0)
+    assert record["rpn_fg_count"].tolist() == [2, 2]  # the divisor of the losses: 1 + max(1, 0)
 
 
 def test_channels_are_anchor_major_then_dx_dy_dw_dh():
@@ -198,7 +198,7 @@ def average_count(rank, counts):
 
 
 def test_average_fg_count_is_the_mean_over_the_processes():
-    # (3 + 4 + 4) / 2; a process without images gets it once
+    # (3 + 4 + 4) / 2; a process without images has one element
     assert run_in_processes(average_count, ([3.0, 4.0], [4.0])) == [([3.0, 4.0], [5.5, 5.5]), ([4.0], [5.5])]
     assert run_in_processes(average_count, ([3.0], [])) == [([3.0], [1.5]), ([], [1.5])]
 

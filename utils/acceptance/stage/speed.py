@@ -44,7 +44,8 @@ def _sizes(context: Context, precision: str, images: tuple[int, ...]) -> None:
 
 def _published_and_fastest(context: Context, path: Path, until: float) -> None:
     trainer = build(context, path, "float32" if context.small else "bfloat16")
-    images, before = published(path).images, 0.0
+    known = published(path)
+    images, before = known.images if known else trainer.config.General.batch_image, 0.0
     if context.small:
         images = 1
     while True:
@@ -103,7 +104,7 @@ def measure(context: Context, path: Path, trainer: Trainer, images: int) -> dict
     release()
     known = published(path)
     row["counted GiB"] = counted
-    if not context.small:
+    if known and not context.small:
         row |= {"published images/s of a GPU": known.images_per_second / 8, "published GB": known.memory_gb}
         row["published images"] = known.images
     context.record("training steps", **row)
