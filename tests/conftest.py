@@ -1,4 +1,4 @@
-"""What every test uses."""
+"""Fixtures of all tests."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """The tensors here are tiny: threads would only cost time."""
+    """Use one thread: the tensors here are tiny, and more threads only take time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The two programs as a user starts them."""
+"""The two scripts as a user runs them."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ def test_the_published_experiments_are_there() -> None:
 
 def test_a_dry_run_needs_no_data(tmp_path: Path) -> None:
     path = str(ROOT / "config/NASFPN/retina_r50v1b_nasfpn_1280_7@384_25epoch.py")
-    began = time.monotonic()
+    start = time.monotonic()
     done = run("detection_train.py", "--config", path, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - began < 60  # seconds, not the minutes of a step
+    assert time.monotonic() - start < 60  # seconds, not the minutes of a step
     assert "98,617,140" in done.stdout
     assert "818,760,192,000" in done.stdout
     assert "an epoch: 244436 samples (each image twice, once flipped), 15278 iterations" in done.stdout
     assert "lr 0.002 to 0.02 (warm-up)" in done.stdout
     assert "NeckParam.dim_reduced = 384" in done.stdout
-    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # nothing is written
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_train_interrupt_resume_and_test(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and "step 2/" not in _text(folder / "log.txt"):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    os.killpg(process.pid, signal.SIGINT)  # sent to the workers too, as by a terminal
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "the same command with --resume continues from there" in output

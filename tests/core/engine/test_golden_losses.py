@@ -1,4 +1,4 @@
-"""The losses of the demo's first steps are those of a stored list, so that a refactor shows itself.
+"""The losses of the demo's first steps equal a stored list, so that a refactoring that changes them is detected.
 
 Rounding is carried far: the demo's coarse levels have a few cells, over which BN divides by small deviations, and a
 ReLU on the other side of zero moves gradients by a hundredth. In float32, 100 steps are held to what other summation

@@ -1,4 +1,4 @@
-"""The memory of a step and its budget; what autograd keeps is checked in tests/symbol/test_recompute.py."""
+"""Memory of a step and its budget; tests/symbol/test_recompute.py checks the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def test_a_step_holds_parameters_three_times_and_activations() -> None:
     assert found.num_parameter == sum(map(math.prod, shapes))
     assert found.plan is None
     total = 12 * found.num_parameter + found.counted.kept_bytes
-    assert found.lines()[-1] == f"in all about {total / MIB:,.0f} MiB"
-    # what grows with the batch is all but the batch statistics
+    assert found.lines()[-1] == f"in total about {total / MIB:,.0f} MiB"
+    # all but the batch statistics grows with the batch
     assert memory(config, 16).counted.kept_bytes == pytest.approx(2 * found.counted.kept_bytes, rel=1e-3)
 
 
-def test_memonger_says_what_it_saves() -> None:
+def test_memonger_reports_its_effect() -> None:
     found = memory(small("ModelParam.memonger=True"))
     assert found.plan.peak_bytes < found.counted.kept_bytes
     lines = found.lines()
     assert lines[:-2] == memory(small()).lines()
     assert lines[-2] == found.plan.describe()
     total = 12 * found.num_parameter + found.plan.peak_bytes
-    assert lines[-1] == f"with memonger in all about {total / MIB:,.0f} MiB"
+    assert lines[-1] == f"with memonger in total about {total / MIB:,.0f} MiB"
 
 
 def test_without_memonger_there_is_no_plan() -> None:
@@ -71,7 +71,7 @@ def test_a_budget_counts_the_parameters_too() -> None:
     assert found.plan.cost < least.plan.cost
 
 
-def test_a_budget_that_cannot_be_met_says_the_least() -> None:
+def test_a_budget_that_cannot_be_met_is_an_error_with_the_least() -> None:
     least = memory(small("ModelParam.memonger=True"), 64)
     gib = math.ceil(100 * (12 * least.num_parameter + least.plan.peak_bytes) / GIB) / 100
     config = small("ModelParam.memonger=True", "ModelParam.memonger_budget=0.005")
@@ -82,7 +82,7 @@ def test_a_budget_that_cannot_be_met_says_the_least() -> None:
 
 
 @pytest.mark.parametrize("field", ["memonger_until=conv0", "memonger_budget=4"])
-def test_until_and_budget_want_memonger(field: str) -> None:
+def test_until_and_budget_require_memonger(field: str) -> None:
     name = field.split("=")[0]
     with pytest.raises(ValueError, match=rf"ModelParam.{name} is .*, but ModelParam.memonger is False; write"):
         small(f"ModelParam.{field}")
@@ -93,7 +93,7 @@ def test_until_and_budget_want_memonger(field: str) -> None:
 def test_a_dry_run_shows_the_effect_in_the_precision_of_the_run() -> None:
     path = CONFIGS / "retina_r50v1b_fpn_640_1@256_25epoch.py"
     text = describe_run(load_config(path, is_train=True, overrides=("ModelParam.memonger=True",)))
-    assert "Memory of a step on each device (8 images, activations in float16)" in text
+    assert "Memory per step on each device (8 images, activations in float16)" in text
     assert "memonger: computed again up to " in text
     assert "% more multiply-adds in a step" in text
     plain = describe_run(load_config(path, is_train=True, overrides=("General.fp16=False",)))
@@ -103,8 +103,8 @@ def test_a_dry_run_shows_the_effect_in_the_precision_of_the_run() -> None:
 
 def test_activations_by_hand() -> None:
     counted = activations(small_graph(), {"data": (1, 3, 512, 512)})
-    # data, conv0's output, relu0's, conv1's, relu1's (for C6 and the fine head), C6's (for the coarse head)
+    # data and the outputs of conv0, relu0, conv1, relu1 (for C6 and the fine head) and C6 (for the coarse head)
     kept = 3 * 512**2 + 2 * 4 * 256**2 + 2 * 8 * 256**2 + 8 * 128**2
-    index = 8 * 8 * 128**2  # where each maximum of C6 was, eight bytes each
-    statistics = 8 * (4 + 8)  # mean and deviation of a batch
+    index = 8 * 8 * 128**2  # the positions of C6's maxima, eight bytes each
+    statistics = 8 * (4 + 8)  # a batch's mean and deviation
     assert counted.kept_bytes == 4 * kept + index + statistics
