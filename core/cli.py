@@ -23,7 +23,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", metavar="0,1|cpu", help="the devices, instead of KvstoreParam.gpus")
     parser.add_argument("--processes", metavar="N", help="how many processes on the CPU, instead of 1")
     parser.add_argument("--data-root", metavar="DIR", help="the folder of the image sets, instead of data")
-    parser.add_argument("--engine", choices=["torch", "mxnet"], default="torch", help="what computes; see doc/mxnet.md")
+    parser.add_argument("--engine", choices=["torch", "mxnet"], default="torch", help="the back end; see doc/mxnet.md")
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -39,7 +39,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 
 def run(program: Callable[[], int | None]) -> None:
-    """Call a program's main and exit with its status; an error that a user can mend is one message and status 1."""
+    """Call a program's main and exit with its status; an error that a user can correct is one message and status 1."""
     try:
         sys.exit(program())
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

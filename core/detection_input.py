@@ -1,6 +1,6 @@
-"""The input transforms that every recipe shares; `models.record` says what a record and a batch hold.
+"""Input transforms that all recipes share; `models.record` documents records and batches.
 
-`ReadRoiRecord` to `Pad2DImageBbox` change the record of one image, in a worker; the others change whole batches.
+`ReadRoiRecord` to `Pad2DImageBbox` modify the record of one image, in a loader worker; the others modify whole batches.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 class ReadRoiRecord:
-    """Reads `image` (H, W, 3) uint8 RGB from image_path; h and w are the size that the annotations state.
+    """Read `image` (H, W, 3) uint8 RGB from image_path; h and w are the size that the annotations state.
 
-    Raises FileNotFoundError or ValueError, naming the file, where it cannot be read.
+    Raises FileNotFoundError or ValueError, naming the file, if it cannot be read.
     """
 
     def apply(self, record: Record) -> None:
@@ -31,7 +31,7 @@ class ReadRoiRecord:
 
 
 class Resize2DImageBbox:
-    """Scales image and boxes by min(short / shorter side, long / longer side)."""
+    """Scale image and boxes by min(short / shorter side, long / longer side)."""
 
     def __init__(self, pResize: ResizeParam) -> None:
         self.p = pResize
@@ -43,7 +43,7 @@ class Resize2DImageBbox:
 
 
 class Flip2DImageBbox:
-    """Mirrors image and boxes left to right where `flipped` is set: x1' = w - 1 - x2, x2' = w - 1 - x1."""
+    """Mirror image and boxes horizontally if `flipped` is set: x1' = w - 1 - x2, x2' = w - 1 - x1."""
 
     def apply(self, record: Record) -> None:
         if not record["flipped"]:
@@ -55,10 +55,9 @@ class Flip2DImageBbox:
 
 
 class Pad2DImageBbox:
-    """Pads the image with 0 below and to the right to the input's sides, and gt_bbox with rows of -1 to
-    max_num_gt.
+    """Pad the image with 0 below and to the right to the input's sides, and gt_bbox with rows of -1 to max_num_gt.
 
-    Of more boxes than max_num_gt the largest stay, in their order; of equal ones the first.
+    If there are more boxes than max_num_gt, the largest are kept, in their order; among equal ones the first.
     Raises ValueError for an image that is larger than the input.
     """
 
@@ -86,7 +85,7 @@ class Pad2DImageBbox:
 
 
 class ConvertImageFromHwcToChw(BatchTransform):
-    """(..., H, W, 3) to (..., 3, H, W): a view, in torch's terms channels_last. Takes tensors and arrays."""
+    """Permute (..., H, W, 3) to (..., 3, H, W): a view, in torch's channels_last format. Takes tensors and arrays."""
 
     def apply(self, batch: Any) -> None:
         image = batch["image"]
@@ -94,7 +93,7 @@ class ConvertImageFromHwcToChw(BatchTransform):
 
 
 class RenameRecord(BatchTransform):
-    """Renames entries, {old: new}: from the names of the input to those of the graph.
+    """Rename entries, {old: new}: from the names of the input to those of the graph.
 
     Raises ValueError for an entry that the record or batch does not have.
     """
@@ -107,7 +106,7 @@ class RenameRecord(BatchTransform):
         if missing:
             raise ValueError(
                 f"RenameParam.mapping: no {', '.join(missing)} in the record, which has {', '.join(batch)}; "
-                f"correct the mapping, or put the transform that makes it before RenameRecord"
+                f"correct the mapping, or put the transform that adds it before RenameRecord"
             )
         for old, new in self.mapping.items():
             batch[new] = batch.pop(old)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def check_run(config: Config, resume: bool, engine: EngineName = "torch") -> None:
-    """Check before the processes of a run start what can be known then: its devices, its folder, its data.
+    """Check a run's devices, folder and data before its processes are launched.
 
     Raises ValueError and OSError as `fit` does.
     """
@@ -39,19 +39,18 @@ def check_run(config: Config, resume: bool, engine: EngineName = "torch") -> Non
     chosen.select_device(config, is_train=True)
     if config.KvstoreParam.machines > 1:
         chosen.require_processes(config)
-    make_train_loader(config, start=_progress(find_start(config, resume)))  # which also makes the index, once
+    make_train_loader(config, start=_progress(find_start(config, resume)))  # builds the index, once for all processes
     _check_evaluation(config)
 
 
 def fit(config: Config, config_text: str, resume: bool = False, engine: EngineName = "torch") -> int:
     """Train from the first step, or from the newest checkpoint, to OptimizeParam.schedule.end_epoch.
 
-    config_text is stored with the experiment. In a process that a launcher started, this is one of those that train
-    together: one per device, with the engine mxnet one per machine. Raises ValueError, before anything is written, for
-    an experiment folder that holds another run, for data or weights that do not fit; FloatingPointError for a loss that
-    is not finite; MemoryError for a step that does not fit; LostProcessError where another process died or stalled.
-    SIGINT and SIGTERM end it after the current step, with a checkpoint. Returns the exit status: 0, or that of a run
-    which a signal ended.
+    config_text is stored with the experiment. In a launched process this is one rank of the run: one per device, with
+    the engine mxnet one per machine. Raises ValueError, before anything is written, for an experiment folder that holds
+    another run and for data or weights that do not fit; FloatingPointError for a loss that is not finite; MemoryError
+    for a step that does not fit; LostProcessError if another process died or stalled. SIGINT and SIGTERM end it after
+    the current step, with a checkpoint. Returns the exit status: 0, or that of a run ended by a signal.
     """
     chosen = choose_engine(engine)
     chosen.require_processes(config)
@@ -77,7 +76,7 @@ def fit(config: Config, config_text: str, resume: bool = False, engine: EngineNa
 
 
 def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine: Engine) -> int:
-    """Train from the loader's first step to its last, or until a process is asked to stop. Returns as `fit` does."""
+    """Train from the loader's first step to its last, or until any rank receives a stop request. Returns as `fit`."""
     config, group, device, step = trainer.config, trainer.group, trainer.device, loader.start_step
     guard = Guard(config, device, group, log)
     pending: list[StepRecord] = []  # steps whose numbers the host has not read yet
@@ -87,19 +86,19 @@ def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine:
             _evaluate(trainer, step, loader.iter_per_epoch, guard, engine)
         stopping = group.any_rank(stop.requested)
         while step < loader.end_step and not stopping:
-            # batches: all that this process adds up for one update
+            # batches: all those of this process for one update
             with log.waiting(), guard.phase(f"reading the images of step {step}", at=f"step {step}"):
                 parts = [to_device(next(batches), device) for _ in range(loader.accumulate)]
             for path, reason in [skipped for part in parts for skipped in part["skipped"]]:
                 guard.report(f"rank {group.rank} skipped {path}: {reason}")
 
-            # step: the device computes on after it returns
+            # step: the host does not wait for the device
             files = ", ".join(path for part in parts for path in part["files"]) or "no image"
             with guard.phase(f"computing step {step} on {files}", at=f"step {step}"):
                 pending.append(trainer.step(parts, step))
             step += 1
 
-            # log: every few steps, and before each checkpoint, which never holds weights that are not finite
+            # log: every few steps, and before each checkpoint, so that none is written of weights that are not finite
             with guard.phase(f"waiting for the others after step {step}", at=f"step {step}"):
                 stopping = group.any_rank(stop.requested)
                 epoch, inside = divmod(step, loader.iter_per_epoch)
@@ -120,7 +119,7 @@ def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine:
                 _evaluate(trainer, step, loader.iter_per_epoch, guard, engine)
                 stopping = stopping or group.any_rank(stop.requested)
     if loader.start_step >= loader.end_step:
-        log.info("nothing is left to train; to train on, resume with a larger OptimizeParam.schedule.end_epoch")
+        log.info("nothing is left to train; to train further, resume with a larger OptimizeParam.schedule.end_epoch")
     if step >= loader.end_step:
         return 0
     log.info(f"stopped after step {step}; the same command with --resume continues from there")
@@ -132,14 +131,14 @@ def _progress(start: Checkpoint | None) -> Progress | None:
 
 
 def _require_equal_ranks(trainer: Trainer, loader: TrainLoader) -> None:
-    """Raise ValueError where the ranks would not train the same network on the same samples."""
+    """Raise ValueError if the ranks would not train the same network on the same samples."""
     if trainer.group.world_size == 1:
         return
     weights = sum(value.double().sum().item() for value in trainer.weights().values())
-    precision = get_args(Precision).index(trainer.computed_in)
+    precision = get_args(Precision).index(trainer.compute_dtype)
     trainer.group.require_equal(
         {"first step": loader.start_step, "samples per epoch": len(loader.dataset), "first weights": weights}
-        | {"the type that they compute in (General.fp16, bf16)": precision}
+        | {"compute dtype (General.fp16, bf16)": precision}
     )
 
 
@@ -148,13 +147,13 @@ def _claim_folder(
 ) -> list[str]:
     """Lock the experiment's folder for this run, until `held` closes, and store the config. Returns lines for the log.
 
-    Raises ValueError where another run has it, or has written there since `start` was found.
+    Raises ValueError if another run holds the lock, or has written there since `start` was found.
     """
     folder = experiment_folder(config)
     notes = held.enter_context(lock_experiment(folder))
     if find_start(config, resume) != start:
         raise ValueError(
-            f"{folder} changed while this run started: another one wrote there. Give the same command again"
+            f"{folder} changed while this run started: another run wrote to it. Run the same command again"
         )
     notes = [*notes, *store_config(config, config_text)]
     if start is not None:
@@ -167,14 +166,14 @@ def _describe(loader: TrainLoader, trainer: Trainer) -> list[str]:
     names = dataset.class_names
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     return [
-        f"{_with_boxes(dataset)}, {len(dataset)} samples per epoch, {loader.iter_per_epoch} steps; "
+        f"{_image_counts(dataset)}, {len(dataset)} samples per epoch, {loader.iter_per_epoch} steps; "
         f"{len(names)} classes: {shown}",
         *trainer.describe(),
         *trainer.schedule.describe(),
     ]
 
 
-def _with_boxes(dataset: DetectionDataset) -> str:
+def _image_counts(dataset: DetectionDataset) -> str:
     indexes = dataset.indexes
     counts = {
         "images without a box to train on": sum(index.num_image for index in indexes) - dataset.num_image,
@@ -212,7 +211,7 @@ def _save(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog | NoLo
 
 
 def _check_evaluation(config: Config) -> None:
-    """Raise FileNotFoundError or ValueError where the evaluation between epochs would find no data."""
+    """Raise FileNotFoundError or ValueError if the data of the evaluation between epochs is missing."""
     test = config.TestParam
     if test.eval_epoch and test.eval_image_set is not None:
         open_index(resolve(test.eval_image_set, config.DatasetParam.data_root))
@@ -241,7 +240,7 @@ def _evaluate(trainer: Trainer, step: int, iter_per_epoch: int, guard: Guard, en
         detector, _ = engine.build_detector(config, trainer.weights(), device, "training")
         tested = test_image_set(config, detector, image_set, experiment_folder(config), device, group)
     log.restart_clock()
-    if tested is None:  # the main process has it
+    if tested is None:  # only the main process has a result
         return
     if tested.evaluation is None:
         log.event("tested", step=step, epoch=epoch)

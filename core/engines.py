@@ -6,7 +6,7 @@ from core.protocol import Engine, EngineName
 
 
 def choose_engine(name: EngineName) -> Engine:
-    """Return the engine of this name. MXNet's is imported only here: its operators are built for it alone."""
+    """Return the engine of this name. MXNet's is imported only on demand: MXNet is optional."""
     if name == "mxnet":
         from core.engine_mxnet.engine import MxnetEngine
 

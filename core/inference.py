@@ -24,7 +24,7 @@ from core.data.image import read_image
 from core.data.loader import TestLoader, make_test_loader
 from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
 from core.engine.device import to_device
-from core.engine.out_of_memory import explained_memory
+from core.engine.out_of_memory import explain_out_of_memory
 from core.engines import choose_engine
 from core.protocol import EngineName
 from core.report.draw import draw_detections
@@ -32,7 +32,7 @@ from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco,
 from core.run.experiment import experiment_folder
 from core.weights.checkpoint import find_weights
 from core.weights.first_weights import load_given_weights
-from core.weights.simpledet_weights import as_ours
+from core.weights.simpledet_weights import from_simpledet
 from models.record import Batch
 from operator_cxx.nms import nms, soft_nms
 
@@ -44,7 +44,7 @@ Detector = Callable[..., Sequence[Tensor]]  # a test graph: inputs by name to cl
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, best first."""
+    """The detections of one image, best first."""
 
     im_id: int
     path: str
@@ -61,26 +61,26 @@ class TestResult:
 
     index: CocoIndex  # of the images that were tested
     result: Path  # COCO's result format
-    evaluation: Evaluation | None  # None: no annotations, or nothing is installed to evaluate with
+    evaluation: Evaluation | None  # None: no annotations, or pycocotools is not installed
     detections: list[Detections]
 
     @property
     def not_evaluated(self) -> str:
-        """The reason why `evaluation` is None, for the log."""
+        """Reason why `evaluation` is None, for the log."""
         if self.index.has_annotation and not can_evaluate():
             return f"{self.index.image_set.name} is not evaluated: pip install pycocotools, and test again"
         return f"{self.index.image_set.name} has no annotations: nothing to evaluate"
 
 
 def detect(config: Config, detector: Detector, batches: Iterable[Batch], device: torch.device) -> Iterator[Detections]:
-    """Yield the detections of every image of the batches, by the batch transforms of config.test_transform."""
+    """Yield the detections of every image of the batches, after the batch transforms of config.test_transform."""
     for batch in batches:
         batch = to_device(batch, device)
         for transform in config.test_transform.batch:
             transform.apply(batch)
         with torch.inference_mode():
             cls_score, bbox_xyxy = detector(data=batch["data"], im_info=batch["im_info"])
-            bbox, score, cls = _suppress(config, cls_score, bbox_xyxy)
+            bbox, score, cls = _apply_nms(config, cls_score, bbox_xyxy)
             bbox = bbox / batch["im_info"][:, None, 2:]
         bbox, score, cls, im_id = bbox.cpu(), score.cpu(), cls.cpu(), batch["im_id"].tolist()
         for i, path in enumerate(batch["files"]):
@@ -88,11 +88,11 @@ def detect(config: Config, detector: Detector, batches: Iterable[Batch], device:
             yield Detections(im_id[i], path, bbox[i][kept].numpy(), score[i][kept].numpy(), cls[i][kept].numpy())
 
 
-def _suppress(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The detections among candidates cls_score (N, M, C + 1) and bbox (N, M, 4), best first: bbox (N, D, 4), score
-    (N, D) and cls (N, D), -1 beyond those kept; D = max_det_per_image."""
+def _apply_nms(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the detections among candidates cls_score (N, M, C + 1) and bbox (N, M, 4), best first: bbox (N, D, 4),
+    score (N, D) and cls (N, D), padded with cls -1; D = max_det_per_image."""
     test = config.TestParam
-    score, cls = cls_score.max(dim=2)  # one class of a row is above 0
+    score, cls = cls_score.max(dim=2)  # each row has one class above 0
     thr, max_det, min_score = test.nms.thr, test.max_det_per_image, test.min_det_score
     if test.nms.type == "nms":
         index, score = nms(bbox, score, cls, thr=thr, max_det=max_det, min_score=min_score)
@@ -114,10 +114,10 @@ def test_image_set(
     device: torch.device,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> TestResult | None:
-    """Detect in every image, write the result file into `folder`, and evaluate where there are annotations.
+    """Detect in every image, write the result file into `folder`, and evaluate if there are annotations.
 
-    Of several ranks each detects in its share of the images; the main process collects, writes and evaluates what a
-    single process would have found, and the others get None.
+    Each rank detects in its share of the images; the main process gathers, writes and evaluates the detections, which
+    equal those of a single process. The other ranks return None.
     """
     loader = make_test_loader(config, image_set, group.rank, group.world_size)
     (index,) = loader.dataset.indexes
@@ -134,35 +134,35 @@ def test_image_set(
 
 
 def gather_detections(loader: TestLoader, own: Sequence[Detections], device: torch.device) -> list[Detections]:
-    """The detections of all processes in the order of one process, in the first process; nothing in the others.
+    """Return the detections of all ranks on the main process, in the order of a single process; nothing on the others.
 
-    Tensors carry them, on `device`, where the default group communicates: no process loads a pickle of another one.
+    They are sent as tensors on `device`, the default group's: no process unpickles data of another.
     """
     counts = torch.tensor([len(image.score) for image in own], dtype=torch.int64)
-    rows = np.concatenate([np.empty((0, 6)), *map(_rows, own)])
+    rows = np.concatenate(
+        [np.empty((0, 6)), *(np.column_stack([image.bbox, image.score, image.cls]) for image in own)], dtype=np.float64
+    )  # (sum of D, 6)
     all_counts = _gather(counts, device)
     all_rows = _gather(torch.from_numpy(rows), device)  # float64 holds every box, score and class exactly
     if loader.rank > 0:
         return []
     gathered: dict[int, Detections] = {}
     for rank, (rank_counts, rank_rows) in enumerate(zip(all_counts, all_rows, strict=True)):
-        for i, image_rows in zip(loader.places(rank), rank_rows.split(rank_counts.tolist()), strict=True):
-            gathered[i] = _from_rows(loader, i, image_rows.numpy())
+        for i, image_rows in zip(loader.positions(rank), rank_rows.split(rank_counts.tolist()), strict=True):
+            record = loader.dataset.record(0, loader.sample_at(i))
+            bbox, score, cls = (column.numpy() for column in image_rows.split([4, 1, 1], dim=1))
+            gathered[i] = Detections(
+                im_id=int(record["im_id"]),
+                path=record["image_path"],
+                bbox=bbox.astype(np.float32),
+                score=score[:, 0].astype(np.float32),
+                cls=cls[:, 0].astype(np.int64),
+            )
     return [gathered[i] for i in sorted(gathered)]
 
 
-def _rows(image: Detections) -> np.ndarray:
-    return np.column_stack([image.bbox, image.score, image.cls]).astype(np.float64)  # (D, 6)
-
-
-def _from_rows(loader: TestLoader, i: int, rows: np.ndarray) -> Detections:
-    record = loader.dataset.record(0, loader.sample_at(i))
-    bbox, score, cls = rows[:, :4].astype(np.float32), rows[:, 4].astype(np.float32), rows[:, 5].astype(np.int64)
-    return Detections(int(record["im_id"]), record["image_path"], bbox, score, cls)
-
-
 def _gather(own: Tensor, device: torch.device) -> list[Tensor]:
-    """Every process's tensor, in the order of the ranks. Their lengths may differ, so they travel padded."""
+    """Return the tensors of all ranks, in their order. Lengths may differ, so they are sent padded."""
     lengths = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
     lengths[dist.get_rank()] = len(own)
     dist.all_reduce(lengths)
@@ -187,7 +187,7 @@ def test(
 ) -> list[TestResult]:
     """Test on every image set of the config and print the results; see `detection_test.py`.
 
-    checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Files go into
+    checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Results are written to
     `result_folder`. The ranks of `group` share the images, each on its own `device` (None: the engine's choice); the
     main process writes, prints and returns the results. Raises FileNotFoundError and ValueError for weights or images
     that are missing or do not fit, MemoryError for a batch that does not fit.
@@ -200,12 +200,12 @@ def test(
     names = config.DatasetParam.class_names
     if names and progress.class_names and names != progress.class_names:
         raise ValueError(
-            f"{path} was trained on the classes {_listed(progress.class_names)}; the images have "
-            f"{_listed(names)}: test on image sets with the categories that it was trained on"
+            f"{path} was trained on the classes {_shorten(progress.class_names)}; the images have "
+            f"{_shorten(names)}: test on image sets with the categories that it was trained on"
         )
     graph = config.ModelParam.test_symbol
     expected = {*graph.list_arguments(), *graph.list_auxiliary_states()}
-    weights, lines = as_ours(weights, expected, config.NormalizeParam, path)
+    weights, lines = from_simpledet(weights, expected, config.NormalizeParam, path)
     detector, notes = chosen.build_detector(config, weights, device, path)
     folder.mkdir(parents=True, exist_ok=True)
     if group.is_main_process:
@@ -214,7 +214,7 @@ def test(
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
     for image_set in config.DatasetParam.image_set:
-        with explained_memory(config, device, "the test", is_test=True):
+        with explain_out_of_memory(config, device, "the test", is_test=True):
             tested = test_image_set(config, detector, image_set, folder, device, group)
         if tested is None:
             continue
@@ -235,13 +235,13 @@ test.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 def result_folder(experiment: Path, weights: Path) -> Path:
     """Return the folder for the results of these weights.
 
-    The experiment's folder has the results of its newest checkpoint; those of other weights lie in folders beside
-    them, so that no test replaces the result of other weights.
+    The experiment's folder has the results of its newest checkpoint; those of other weights are in subfolders, so that
+    no test overwrites the result of other weights.
     """
     try:
         if find_weights(experiment).samefile(weights):
             return experiment
-    except (OSError, ValueError):  # there is none, or a damaged one, which other weights can do without
+    except (OSError, ValueError):  # no checkpoint, or a damaged one: neither matters to a test of other weights
         pass
     parent = weights.parent.resolve()
     origin = "" if parent == experiment.resolve() else f"{parent.name}-"
@@ -249,7 +249,7 @@ def result_folder(experiment: Path, weights: Path) -> Path:
 
 
 def draw_results(tested: TestResult, folder: Path, num_draw: int) -> list[Path]:
-    """Pictures of the first `num_draw` images, ground truth beside detections, in `folder`/draw_<image set>."""
+    """Draw the first `num_draw` images, ground truth beside detections, to files in `folder`/draw_<image set>."""
     index = tested.index
     row_of = {int(im_id): row for row, im_id in enumerate(index.image_id)}
     out = folder / f"draw_{index.image_set.name}"
@@ -265,18 +265,18 @@ def draw_results(tested: TestResult, folder: Path, num_draw: int) -> list[Path]:
     return pictures
 
 
-def _listed(names: Sequence[str]) -> str:
+def _shorten(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def coco_entries(detections: Sequence[Detections], category_ids: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Entries of COCO's result format, in the order of the detections."""
+    """Yield entries of COCO's result format, in the order of the detections."""
     for image in detections:
         yield from detections_to_coco(image.im_id, image.bbox, image.score, image.cls, category_ids)
 
 
 def result_name(index: CocoIndex, experiment: str) -> str:
-    """`<image_set>_result.json`; without annotations the name that COCO's server wants,
+    """Return `<image_set>_result.json`; without annotations the name that COCO's evaluation server requires,
     `detections_<split>_<algorithm>_results.json`."""
     name = index.image_set.name
     if index.has_annotation:

@@ -1,4 +1,4 @@
-"""What the training loop and the test ask of an engine: torch and MXNet each implement it.
+"""The protocol between the training loop or the test and an engine, which torch and MXNet each implement.
 
 L losses of the train graph.
 """
@@ -34,7 +34,7 @@ class StepRecord:
     lr: float
     files: list[str]
     values: Tensor  # (L + 1,) the losses and the gradient norm
-    found_inf: Tensor | None = None  # bool (): no update, since a gradient overflowed under the loss scale
+    found_inf: Tensor | None = None  # bool (): the update was skipped, as a gradient overflowed under the loss scale
 
 
 class Trainer(Protocol):
@@ -53,13 +53,13 @@ class Trainer(Protocol):
     def schedule(self) -> LrSchedule: ...
     @property
     def metrics(self) -> Sequence[tuple[Any, slice]]:
-        """Each metric with the span of its outputs among the graph's."""
+        """The metrics, each with the span of its outputs among the graph's."""
         ...
 
     @property
-    def computed_in(self) -> Precision: ...
+    def compute_dtype(self) -> Precision: ...
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
-        """Make one update from all batches of this process."""
+        """Make one update of the weights from all batches of this process."""
         ...
 
     def weights(self) -> Mapping[str, Tensor]:
@@ -67,27 +67,27 @@ class Trainer(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint stores beside the weights."""
+        """Return the state of the optimizer and the loss scale, as a checkpoint stores it."""
         ...
 
     def loss_scale(self) -> LossScaleState | None:
-        """Return the state of the loss scale, read from the device; None where there is none."""
+        """Return the state of the loss scale, read from the device; None without one."""
         ...
 
     def describe(self) -> list[str]:
-        """Return how it computes, as lines for the log."""
+        """Return the back end, precision and recomputation of a step, as lines for the log."""
         ...
 
 
 class Engine(Protocol):
-    """What trains and tests the graphs of a config."""
+    """A back end that trains and tests the graphs of a config."""
 
     def num_process(self, config: Config, is_train: bool) -> int:
-        """Return how many processes of this machine train, or test, together."""
+        """Return the number of processes of this machine that train, or test, together."""
         ...
 
     def require_processes(self, config: Config) -> None:
-        """Raise ValueError where the launcher started another number of processes than the config asks for."""
+        """Raise ValueError if the number of launched processes differs from the config's."""
         ...
 
     def select_device(self, config: Config, is_train: bool) -> torch.device:
@@ -102,7 +102,7 @@ class Engine(Protocol):
         start: Checkpoint | None,
         group: ProcessGroup,
     ) -> AbstractContextManager[tuple[Trainer, list[str]]]:
-        """A context with the network and its first weights, and lines for the log."""
+        """Return a context that yields the trainer, with its first weights, and lines for the log."""
         ...
 
     def build_detector(

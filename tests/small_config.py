@@ -1,4 +1,4 @@
-"""The demo with a network so small that a step of it takes a tenth of a second."""
+"""Overrides of the demo for a network so small that a step takes a tenth of a second."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What the tests of a small training do with it: stop it in a step, and read its log."""
+"""Helpers for tests of a small training: stop it in a step, and read its log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from core.engine.trainer import Trainer
 def stop_at(
     monkeypatch: pytest.MonkeyPatch, step: int, trainer: type = Trainer, number: signal.Signals = signal.SIGINT
 ) -> None:
-    """The process gets a real signal, Ctrl-C's, in the middle of this step."""
+    """Send the process a real signal, by default Ctrl-C's, in the middle of this step."""
     plain = trainer.step  # type: ignore[attr-defined]
 
     def interrupted(self: Any, batches: list[Any], at: int) -> Any:
@@ -29,5 +29,5 @@ def stop_at(
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The lines of log.jsonl."""
+    """Return the records of log.jsonl."""
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

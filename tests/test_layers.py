@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = ("operator_cxx", "symbol", "models", "config", "core", "utils")  # each may import those before it
-# Recipes name transforms, which core defines; SimpleDet's files are recipes too, that count iterations per epoch.
+# Recipes name transforms, which core defines; SimpleDet's files are recipes too, and count iterations per epoch.
 RECIPES = ("config/NASFPN/recipe.py", "config/demo/recipe.py", "config/simpledet/transforms.py")
 COUNTS_IMAGES = "config/simpledet/schedule.py"
 
@@ -20,7 +20,7 @@ def modules() -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules that a file imports when it runs, inside functions too; for types alone does not count."""
+    """Return the modules that a file imports at run time, also inside functions; not those for type checking alone."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
@@ -55,11 +55,11 @@ def test_only_scripts_import_scripts() -> None:
         assert not scripts or path.parts[-2] == "utils" or "utils" in path.parts, path
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     paths = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path for path in modules()}
     paths = {name.removesuffix(".__init__"): path for name, path in paths.items()}
     needs = {name: {one for one in imported(path) if one in paths and one != name} for name, path in paths.items()}
-    while True:  # drop what needs no other, and what no other needs, until a circle is left or nothing
+    while True:  # remove modules that import no other or that no other imports, until a cycle is left or nothing
         ends = {name for name in needs if not needs[name] & needs.keys()}
         ends |= needs.keys() - {one for each in needs.values() for one in each}
         if not ends:

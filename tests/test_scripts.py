@@ -1,4 +1,4 @@
-"""The two programs as a user starts them."""
+"""The two scripts as a user runs them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_dry_run_needs_no_data(tmp_path: Path) -> None:
     assert "an epoch: 244436 samples (each image twice, once flipped), 15278 iterations" in done.stdout
     assert "lr 0.002 to 0.02 (warm-up)" in done.stdout
     assert "NeckParam.dim_reduced = 384" in done.stdout
-    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind
+    assert list(tmp_path.iterdir()) == []  # nothing is written
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The helper itself: what goes wrong in a process must be seen."""
+"""Tests of the helper itself: errors in a process must be reported."""
 
 import os
 import time
@@ -37,14 +37,14 @@ def environment(rank):
     return os.environ.get("TRIED")
 
 
-def test_a_process_has_the_environment_of_the_moment(monkeypatch):
+def test_a_process_has_the_current_environment(monkeypatch):
     for value in ("1", "2"):
         monkeypatch.setenv("TRIED", value)
         assert run_in_processes(environment) == [value, value]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_results_come_by_rank(size):
+def test_results_are_ordered_by_rank(size):
     found = run_in_processes(sum_of_ranks, torch.tensor([10.0]), size=size)
     assert found == [(rank, torch.tensor([10.0 * size + sum(range(size))])) for rank in range(size)]
 
@@ -60,7 +60,7 @@ def test_a_dead_process_is_named():
 
 
 def test_a_stalled_process_is_named():
-    began = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(AssertionError, match=r"ranks \[0, 1\] did not end in time"):
         run_in_processes(stalls, timeout=3)
     assert time.monotonic() - began < 500  # not the 1000 of the process that stalls

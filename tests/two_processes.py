@@ -1,4 +1,4 @@
-"""Runs a function in several processes that form torch's default group, over gloo on this machine."""
+"""Helper that runs a function in several processes, which form torch's default group over gloo on this machine."""
 
 import os
 import pickle
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A fork of a process that has run a backward pass cannot run one itself, and a fresh Python imports torch for seconds:
-# this forks from a process that has imported what is slow to import and done nothing.
+# A fork of a process that has run a backward pass cannot run one itself, and a fresh Python takes seconds to import
+# torch: these are forks of a process that has imported the slow modules and done nothing else.
 _context = get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
 
@@ -39,7 +39,7 @@ def run_in_processes(function: Callable[..., Any], *arguments: Any, size: int = 
         try:
             for process, (_, pipe) in zip(processes, pipes, strict=True):
                 process.start()
-                pipe.close()  # the child's end: reading the other one then ends with the child
+                pipe.close()  # the child's end: reading from the other end then stops when the child exits
             return _collect([pipe for pipe, _ in pipes], time.monotonic() + timeout)
         finally:
             for process, (pipe, _) in zip(processes, pipes, strict=True):
@@ -50,7 +50,7 @@ def run_in_processes(function: Callable[..., Any], *arguments: Any, size: int = 
 
 
 def _collect(pipes: list[Connection], deadline: float) -> list[Any]:
-    """The results by rank, as soon as all are there or one process has failed."""
+    """Return the results by rank, as soon as all are received or one process has failed."""
     results: dict[int, Any] = {}
     while len(results) < len(pipes):
         waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
@@ -88,7 +88,7 @@ def _child(
             "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
         )
         result = function(rank, *arguments)
-        dist.barrier()  # who leaves early would break the connection of one still at work
+        dist.barrier()  # a process that exits early would break the connections of the others
         dist.destroy_process_group()
     except Exception:
         error = traceback.format_exc()

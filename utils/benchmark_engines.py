@@ -1,8 +1,8 @@
-"""Images a second of a training step by torch and by MXNet, by turns in one run, on random images.
+"""Images per second of a training step by torch and by MXNet, alternating in one run, on random images.
 
     make mxnet && .venv-mxnet/bin/python utils/benchmark_engines.py
 
-Config, network, images and step are the same for both; see `core.engine_mxnet.trainer` for what is MXNet's.
+Config, network, images and step are the same for both; `core.engine_mxnet.trainer` documents MXNet's part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     engines: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {}
     for name in ("torch", "MXNet"):
-        config = load_config(arguments.config, is_train=True, overrides=overrides)  # each with metrics of its own
+        config = load_config(arguments.config, is_train=True, overrides=overrides)  # each engine has metrics of its own
         engines[name] = (
             mxnet_engine.build_trainer(config, 1000, None)[0]
             if name == "MXNet"
@@ -50,17 +50,16 @@ def main() -> None:
     for step in range(WARM_UP + arguments.steps):
         for name, engine in engines.items():
             batch = random_batch(engine.config, device)
-            began = time.perf_counter()
+            start = time.perf_counter()
             record = engine.step([batch], step)
             load_mxnet().nd.waitall()  # for the update
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.perf_counter() - start)
             assert (record.values > 0).all(), f"{name} has computed nothing: {record.values}"
-    print(
-        f"{config.General.name}, {config.General.batch_image} images a step, {torch.get_num_threads()} threads of torch"
-    )
+    threads = torch.get_num_threads()
+    print(f"{config.General.name}, {config.General.batch_image} images per step, {threads} threads of torch")
     for name, each in seconds.items():
         median = statistics.median(each[WARM_UP:])
-        print(f"  {name:6} {1000 * median:8.1f} ms a step, {config.General.batch_image / median:6.2f} img/s")
+        print(f"  {name:6} {1000 * median:8.1f} ms per step, {config.General.batch_image / median:6.2f} img/s")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Times the index of a large COCO json, which it draws: building, opening, and the memory that workers add.
+"""Benchmark the index of a large generated COCO json: building, opening, and the memory that workers add.
 
     python3 utils/benchmark_index.py
     python3 utils/benchmark_index.py --images 100000 --boxes 1000000
 
-The json (130 bytes a box), as many empty image files, and the index lie in a temporary folder, which goes at the end;
-TMPDIR names another disk. Linux only: memory is read from /proc.
+The json (130 bytes per box), empty image files, and the index are written to a temporary folder, which is removed at
+the end; TMPDIR chooses another disk. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from core.data.dataset import DetectionDataset
 MIB = 2**20
 CLASSES = 80
 SIDES = (480, 640)  # height and width of every image
-CHUNK = 10_000  # images that are formatted at once
+CHUNK = 10_000  # images formatted at a time
 
 IMAGE = '{"license":4,"file_name":"%012d.jpg","height":480,"width":640,"date_captured":"2013-11-14 17:02:52","id":%d}'
 BOX = '{"area":%.4f,"iscrowd":0,"image_id":%d,"bbox":[%.2f,%.2f,%.2f,%.2f],"category_id":%d,"id":%d}'
 
 
 def draw(folder: Path, num_image: int, num_box: int) -> ImageSet:
-    """A json of COCO's form with boxes dealt to the images in turn, and image files that are empty."""
+    """Generate a COCO json with boxes assigned to the images in turn, and empty image files."""
     images, annotation = folder / "images", folder / "instances_many.json"
     images.mkdir()
     rng = np.random.default_rng(0)
@@ -65,13 +65,13 @@ def draw(folder: Path, num_image: int, num_box: int) -> ImageSet:
 
 
 def apart(function: Callable[..., Any], *args: Any) -> Any:
-    """The result of a function in a fresh process, so that one measurement does not warm the next."""
+    """Return the result of a function in a new process, so that measurements do not warm each other up."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
 
 
 def timed_open(image_set: ImageSet, cache: str) -> str:
-    """Time and peak memory of `open_index`, which builds the index where there is none."""
+    """Return time and peak memory of `open_index`, which builds the index if there is none."""
     start, cpu_start = time.perf_counter(), time.process_time()
     open_index(image_set, cache)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -80,7 +80,7 @@ def timed_open(image_set: ImageSet, cache: str) -> str:
 
 
 def worker_memory(image_set: ImageSet, cache: str, num_worker: int) -> tuple[float, float]:
-    """MiB of a process with the data set, and what forked workers add that have read every record's boxes.
+    """Return MiB of a process with the data set, and those added by forked workers that have read all records' boxes.
 
     A page that several processes share counts once.
     """
@@ -111,7 +111,7 @@ def _read_share(
     all_read: multiprocessing.synchronize.Barrier,
     leave: multiprocessing.synchronize.Event,
 ) -> None:
-    """As in shuffled training: every worker reads of all parts of the index. Plain samples only: all boxes."""
+    """Read as in shuffled training: each worker in all parts of the index. Plain samples only, which have all boxes."""
     order = np.random.default_rng(0).permutation(dataset.num_image)[worker::num_worker]
     for sample in order:
         dataset.record(0, int(sample))
@@ -120,7 +120,7 @@ def _read_share(
 
 
 def _shared_memory(process: str) -> int:
-    """Bytes of a process, where a page shared by n processes counts 1/n (PSS)."""
+    """Return the bytes of a process, in which a page shared by n processes counts 1/n (PSS)."""
     for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024
@@ -141,10 +141,10 @@ def main() -> None:
         image_set = draw(folder, arguments.images, arguments.boxes)
         size = Path(image_set.annotation).stat().st_size
         print(f"{arguments.images} images, {arguments.boxes} boxes, json of {size / MIB:.0f} MiB")
-        print(f"  drawn in  {time.perf_counter() - start:8.2f} s", flush=True)
+        print(f"  generated {time.perf_counter() - start:8.2f} s", flush=True)
         print(f"  built in  {apart(timed_open, image_set, cache)}", flush=True)
         print(f"  opened in {apart(timed_open, image_set, cache)}", flush=True)
-        os.utime(image_set.image_dir, (0, 0))  # as if a file had come or gone: the images are looked for again
+        os.utime(image_set.image_dir, (0, 0))  # as after adding or removing a file: the images are listed again
         print(f"  ... after a change among the images in {apart(timed_open, image_set, cache)}", flush=True)
         alone, added = apart(worker_memory, image_set, cache, arguments.workers)
         print(

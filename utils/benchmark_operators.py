@@ -1,10 +1,11 @@
-"""Times the operators: the kernels in use, the plain torch references, and torchvision where it is installed.
+"""Benchmark the operators: the kernels in use, the plain torch references, and torchvision if it is installed.
 
     python3 utils/benchmark_operators.py                        on the CPU, with torch's number of threads
     python3 utils/benchmark_operators.py --device cuda --only focal
 
-A row is the best of several runs. `bytes` is what has to be read and written once; `of copy` the share of that at the
-bandwidth that a large copy reaches; `extra` the most memory used above what was there before, results included.
+A row is the fastest of several runs. `bytes` is the number of bytes that must be read and written once; `of copy` the
+time that a large copy of as many takes, as a share of the run's; `extra` the peak of memory above that before the run,
+results included.
 
 N images, K anchors of all levels, C classes, A anchors per cell, G boxes per image.
 """
@@ -46,12 +47,12 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Case:
-    """An operator on some input: what to time, and the bytes that it has to read and write."""
+    """An operator on an input: the functions to time, and the bytes that must be read and written."""
 
     name: str
-    work: Work  # by the kernels in use, or by plain torch when there are none
+    work: Work  # the kernels in use, or plain torch without any
     bytes: int
-    peers: tuple[tuple[str, Work], ...] = ()  # other ways to the same, by name
+    peers: tuple[tuple[str, Work], ...] = ()  # other implementations, by name
 
 
 def size_of(*tensors: Tensor) -> int:
@@ -59,14 +60,14 @@ def size_of(*tensors: Tensor) -> int:
 
 
 def labels_of(N: int, K: int, device: torch.device) -> Tensor:
-    """As a batch has them: a few foreground anchors, some ignored."""
+    """Return labels as in a batch: a few foreground anchors, some ignored."""
     draw = torch.rand(N, K, device=device, generator=torch.Generator(device).manual_seed(0))
     cls = 1 + (draw * 1e6).long() % C
     return torch.where(draw < 0.002, cls, torch.where(draw < 0.01, -1, 0)).float()
 
 
 def eager_focal_loss(logit: Tensor, label: Tensor) -> Tensor:
-    """The formula in torch's operators one after another, as detection libraries write it."""
+    """Compute the formula with a sequence of torch operators, as detection libraries write it."""
     target = F.one_hot(label.clamp(min=0).long(), C + 1)[..., 1:].to(logit.dtype)
     p = torch.sigmoid(logit)
     cross_entropy = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
@@ -76,7 +77,7 @@ def eager_focal_loss(logit: Tensor, label: Tensor) -> Tensor:
 
 
 def matched_by_matrix(gt_bbox: Tensor, anchors: Tensor) -> Tensor:
-    """Anchors to boxes through the (G, K) matrix of overlaps, as detection libraries do it."""
+    """Assign anchors to boxes through the (G, K) matrix of overlaps, as detection libraries do."""
     lower = torch.maximum(gt_bbox[:, None, :2], anchors[None, :, :2])
     upper = torch.minimum(gt_bbox[:, None, 2:], anchors[None, :, 2:])
     inter = (upper - lower).clamp(min=0).prod(dim=2)
@@ -211,15 +212,15 @@ def target_cases(device: torch.device) -> Iterator[Case]:
 
 
 def best_time(work: Work, device: torch.device, budget: float) -> float:
-    """Seconds of the quickest run, within about `budget` seconds after one run to warm up."""
+    """Return the seconds of the fastest run, within about `budget` seconds after one run to warm up."""
     times: list[float] = []
     work()
     while len(times) < 3 or sum(times) < budget:
         wait(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
         wait(device)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
@@ -229,7 +230,7 @@ def wait(device: torch.device) -> None:
 
 
 def extra_memory(work: Work, device: torch.device) -> float:
-    """Bytes above those in use before, at the worst moment; nan where the system does not tell."""
+    """Return the peak of bytes above those in use before; nan if the system does not report it."""
     if device.type == "cuda":
         wait(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -239,28 +240,28 @@ def extra_memory(work: Work, device: torch.device) -> float:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
-    reset.write_text("5")  # the peak starts anew from what is resident
+    reset.write_text("5")  # resets the peak to the resident memory
     before = _resident("VmRSS")
     work()
     return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:
-    """Bytes that Linux says of this process."""
+    """Return a field of this process's status on Linux, in bytes."""
     found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found.group(1)) * 1024
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a large copy, reads and writes counted."""
+    """Return bytes per second of a large copy, reads and writes counted."""
     source = torch.ones(2**27, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_time(lambda: target.copy_(source), device, 1.0)
 
 
 def by_reference(work: Work) -> Work:
-    """The same work without the compiled kernels."""
+    """Return the same function without the compiled kernels."""
 
     def plain() -> object:
         kernels = dict(library.loaded)

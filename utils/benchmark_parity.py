@@ -1,20 +1,20 @@
-"""The five published networks on both engines: how far torch and MXNet 1.9.1 are apart.
+"""Benchmark of parity: differences between torch and MXNet 1.9.1 on the five published networks.
 
     make mxnet && OMP_NUM_THREADS=1 .venv-mxnet/bin/python utils/benchmark_parity.py
 
 Ten training steps from the same weights with momentum, weight decay, a warm-up and a step of the learning rate, in
-MXNet by its Module and its SGD; then the test graph with the weights that came out. Depth, stages, levels and anchors
+MXNet by its Module and its SGD; then the test graph with the resulting weights. Depth, stages, levels and anchors
 are the published ones, widths and images are small.
 
-The steps are in float64. A deep network of random weights multiplies a rounding by a thousand and more in every step,
-and in float32 no two programs agree on its gradients: the last two columns show by how much the float32 of each engine
-differs from float64, in the first step. For the same reason the residual branches start small, the rate is a tenth of
+The steps are in float64. A deep network with random weights amplifies rounding errors by a thousand and more per step,
+and in float32 no two programs agree on its gradients: the last two columns show the difference between each engine's
+float32 and float64, in the first step. For the same reason the residual branches start small, the rate is a tenth of
 the published, and images are 256 x 256 in batches of 4: BatchNorm over the 4 cells that the coarsest level has at 128 x
-128 makes it worse by another thousand. MXNet keeps rates and factors in float32 in any case: those here are sums of
-powers of two. The test graph is in float32, whose moving statistics multiply nothing.
+128 amplifies by another factor of a thousand. MXNet stores rates and factors in float32 always: those here are sums of
+powers of two. The test graph is in float32, since with moving statistics it does not amplify.
 
-Errors are the largest difference of a tensor over its largest value, of all tensors the worst. A bias before a
-BatchNorm has no gradient but rounding: it is held against its convolution's weight; means are held against variances.
+Errors are the largest difference of a tensor over its largest value, maximised over all tensors. A bias before a
+BatchNorm has no gradient but rounding: it is compared with its convolution's weight, and means with variances.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import symbol as S
 from config.load import load_config
 from core.engine.optimizer import SGD, multipliers
 from core.engine.schedule import LrSchedule
-from core.engine_mxnet.graph import RateOfStep, bind_module, gradients_of, load_symbol, loss_values, state_of
+from core.engine_mxnet.graph import MxnetLrScheduler, bind_module, gradients_of, load_symbol, loss_values, state_of
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol import Symbol
 
@@ -72,8 +72,8 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest relative errors of a network. `update` is of what the steps changed, not of the weights. `torch_single`
-    and `mxnet_single` are of an engine's gradients in float32, against float64's.
+    """Largest relative errors of a network. `update` is that of the changes of weights, not of weights. `torch_single`
+    and `mxnet_single` are those of an engine's gradients in float32, relative to float64's.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Training:
 
 
 def error(ours: np.ndarray, theirs: np.ndarray, scale: np.ndarray | None = None) -> float:
-    """The largest difference over the largest value, which another array may give."""
+    """Return the largest difference over the largest value, optionally of another array."""
     assert ours.shape == theirs.shape, f"shapes {ours.shape} and {theirs.shape}"
     assert np.isfinite(ours).all()
     assert np.isfinite(theirs).all()
@@ -107,13 +107,13 @@ def error(ours: np.ndarray, theirs: np.ndarray, scale: np.ndarray | None = None)
 
 
 def worst(ours: Arrays, theirs: Arrays, instead: Mapping[str, str]) -> float:
-    """The largest error of all tensors; `instead` names the tensor that gives the scale of another."""
+    """Return the largest error of all tensors; `instead` maps a tensor to the one whose scale is used for it."""
     assert ours.keys() <= theirs.keys()
     return max(error(value, theirs[name], theirs[instead.get(name, name)]) for name, value in ours.items())
 
 
 def biases_before_batch_norm(graph: Symbol) -> dict[str, str]:
-    """Biases of convolutions that feed nothing but BatchNorms, each with its weight."""
+    """Return biases of convolutions that feed only BatchNorms, each with its weight."""
     users: dict[Any, set[str]] = {}
     found: dict[str, tuple[str, set[str]]] = {}
     for node in graph.nodes():
@@ -127,7 +127,7 @@ def biases_before_batch_norm(graph: Symbol) -> dict[str, str]:
 
 
 def make_batch(graph: Symbol, step: int, dtype: str) -> dict[str, np.ndarray]:
-    """Random images and labels: some 2 anchors of 100 are foreground, 5 are ignored."""
+    """Return random images and labels: about 2 anchors of 100 are foreground, 5 are ignored."""
     random = np.random.RandomState(step)
     arguments = graph.infer_shape(data=(BATCH, 3, SIDE, SIDE))[0]
     shapes = dict(zip(graph.list_arguments(), arguments, strict=True))
@@ -145,7 +145,7 @@ def make_batch(graph: Symbol, step: int, dtype: str) -> dict[str, np.ndarray]:
 
 
 def first_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random weights and statistics that follow from the name, about those of a network at the start of a training."""
+    """Return random weights and statistics, seeded by the name, similar to those at the start of a training."""
     random = torch.from_numpy(np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)).float()
     if name.endswith(("_gamma", "_moving_var")):
         return (0.3 if name.endswith("bn3_gamma") else 1.0) * (1 + 0.1 * random.abs())
@@ -155,14 +155,14 @@ def first_value(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def new_module(graph: Symbol) -> nn.Module:
-    """With its first weights: the same each time."""
+    """Return a module with its initial weights, which are the same every time."""
     module = S.lower(graph, data=(BATCH, 3, SIDE, SIDE))
     module.load_state_dict({name: first_value(name, tuple(p.shape)) for name, p in module.state_dict().items()})
     return module
 
 
 def train_torch(graph: Symbol, module: nn.Module, dtype: str, steps: int) -> Training:
-    """Some steps of a module, which is trained in place."""
+    """Train a module in place for some steps."""
     parameters = dict(module.named_parameters())
     optimizer = SGD(
         parameters.items(), *multipliers(graph.attr_dict(), parameters), momentum=MOMENTUM, wd=DECAY, clip_gradient=None
@@ -181,7 +181,7 @@ def train_torch(graph: Symbol, module: nn.Module, dtype: str, steps: int) -> Tra
 
 
 def train_mxnet(graph: Symbol, state: Arrays, dtype: str, steps: int) -> Training:
-    """Some steps from the weights and statistics of `state`."""
+    """Train for some steps from the weights and statistics of `state`."""
     mx = load_mxnet()
     first = make_batch(graph, 0, dtype)
     module = bind_module(
@@ -198,7 +198,7 @@ def train_mxnet(graph: Symbol, state: Arrays, dtype: str, steps: int) -> Trainin
             "momentum": MOMENTUM,
             "wd": DECAY,
             "rescale_grad": 1.0,
-            "lr_scheduler": RateOfStep(SCHEDULE),
+            "lr_scheduler": MxnetLrScheduler(SCHEDULE),
         },
     )
     losses, gradients = [], {}
@@ -216,7 +216,7 @@ def train_mxnet(graph: Symbol, state: Arrays, dtype: str, steps: int) -> Trainin
 
 
 def compare_test(graph: Symbol, state: Mapping[str, torch.Tensor]) -> tuple[float, float, float]:
-    """Errors of (probabilities and deltas of the levels, scores, boxes) of a test graph."""
+    """Return the errors of (probabilities and deltas of the levels, scores, boxes) of a test graph."""
     internals = graph.get_internals()
     proposals = [node for node in graph.nodes() if node.op == "_contrib_GenProposalRetina"]
     maps = [f"{child.name}_output" for node in proposals for child, _ in node.inputs[:2]]
@@ -240,10 +240,10 @@ def make_images() -> np.ndarray:
 
 
 def compare_candidates(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tuple[float, float]:
-    """Errors of scores (N, M, C + 1) and boxes (N, M, 4) in input pixels.
+    """Return the errors of scores (N, M, C + 1) and boxes (N, M, 4) in input pixels.
 
-    Candidates whose scores differ by rounding only may come in another order: each of ours is held against the nearest
-    of its class among theirs, but for those at the end of a level's list, where another may have taken the place.
+    Candidates whose scores differ by rounding may be ordered differently: each of ours is compared with the nearest of
+    its class among MXNet's, except at the end of a level's list, where it may have been replaced by another.
     """
     score_error = box_error = 0.0
     for image in range(len(ours[0])):
@@ -259,7 +259,7 @@ def compare_candidates(ours: list[np.ndarray], theirs: list[np.ndarray]) -> tupl
 
 
 def compare(config: Path, steps: int = STEPS) -> Parity:
-    """Both engines on the network of a config file."""
+    """Compare both engines on the network of a config file."""
     published = load_config(str(config), True, SMALL).NeckParam.dim_reduced
     overrides = (*SMALL, f"NeckParam.dim_reduced={published // 16}")
     train, test = (load_config(str(config), is_train, overrides).ModelParam for is_train in (True, False))

@@ -1,13 +1,13 @@
-"""Images a second of two CPU processes that train together, one core each, beside one process alone on one core, and
-beside two that know nothing of each other: what these lose is the machine's, not the training's.
+"""Benchmark of scaling: images per second of two CPU processes that train together, on one core each, beside one
+process alone, and beside two independent ones, whose loss is due to the machine and not to the training.
 
     python3 utils/benchmark_scaling.py
     python3 utils/benchmark_scaling.py --set NeckParam.num_stage=5 --set General.batch_image=2 --steps 6
 
-The demo's network and a NAS-FPN of middle size (ResNet-18, 3@96 at 256), or the demo's with --set. The sides take
-turns in one run, each with its own loader on images that are drawn for it into a temporary folder; every process
-takes General.batch_image images a step, so that 100 % is a process that the other one does not slow down at all.
-Needs two free cores. Linux only: processes are bound to cores.
+The networks are the demo's and a medium NAS-FPN (ResNet-18, 3@96 at 256), or the demo's with --set. The sides alternate
+in one run, each with its own loader on images generated in a temporary folder; each process takes General.batch_image
+images per step, so that 100 % is a process not slowed down by the other. Needs two free cores. Linux only: processes
+are bound to cores.
 """
 
 from __future__ import annotations
@@ -29,16 +29,21 @@ from core.cli import run
 from utils.make_demo_dataset import make_demo_dataset
 
 DEMO = Path(__file__).parents[1] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
-SIZE = 128  # of the drawn images
-MIDDLE = (
-    *("ResizeParam.short=256", "ResizeParam.long=256", "BackboneParam.num_filter=64", "General.batch_image=2"),
-    *("NeckParam.dim_reduced=96", "NeckParam.num_stage=3", "RpnParam.head.conv_channel=96"),
+SIZE = 128  # side of the generated images
+MEDIUM = (
+    "ResizeParam.short=256",
+    "ResizeParam.long=256",
+    "BackboneParam.num_filter=64",
+    "General.batch_image=2",
+    "NeckParam.dim_reduced=96",
+    "NeckParam.num_stage=3",
+    "RpnParam.head.conv_channel=96",
 )
 WARM_UP = 2  # steps that are not timed
 
 
 def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str], steps: int) -> float:
-    """Images a second of this process, of `size` that train together: the product's own step, loader and group."""
+    """Return images per second of this rank of `size`, with the step, loader and group of a training."""
     os.sched_setaffinity(0, {core})
     os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
     import torch
@@ -56,23 +61,23 @@ def measure(rank: int, size: int, core: int, store: str, overrides: Sequence[str
         group = ProcessGroup(rank, size)
     sets = [*overrides, f"KvstoreParam.processes={size}", "KvstoreParam.gpus=()", "General.loader_worker=0"]
     config = load_config(str(DEMO), is_train=True, overrides=sets)
-    loader = make_train_loader(config, rank=rank, size=size)
+    loader = make_train_loader(config, rank=rank, world_size=size)
     loader.end_step = WARM_UP + steps
     trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, group)
-    num_image, began = 0, 0.0
+    num_image, start = 0, 0.0
     for step, batch in enumerate(loader):
         if step == WARM_UP:
-            began = time.perf_counter()
+            start = time.perf_counter()
         trainer.step([batch], step)
         num_image += len(batch["files"]) if step >= WARM_UP else 0
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if size > 1:
         dist.destroy_process_group()
     return num_image / seconds
 
 
 def images_per_second(cores: Sequence[int], joined: bool, folder: Path, overrides: Sequence[str], steps: int) -> float:
-    """The mean over processes, one on each of the cores at the same time, that train together or each for itself."""
+    """Return the mean over processes, one per core at the same time, that train together or independently."""
     size = len(cores) if joined else 1
     store = Path(tempfile.mkdtemp(dir=folder), "store").as_uri()
     with ProcessPoolExecutor(len(cores), mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -81,9 +86,9 @@ def images_per_second(cores: Sequence[int], joined: bool, folder: Path, override
 
 
 def compare(name: str, overrides: Sequence[str], folder: Path, steps: int, rounds: int) -> None:
-    """All sides by turns, and the medians. Alone, a process takes the one core, then the other."""
+    """Measure all sides in turn, and the medians. A process alone alternates between the two cores."""
     cores = sorted(os.sched_getaffinity(0))[:2]
-    print(f"{name}: {steps} steps a side and round, images a second of a process")
+    print(f"{name}: {steps} steps per side and round, images per second of a process")
     print("            alone   two apart   two together   together/alone   together/apart")
     rows = []
     for turn in range(rounds):
@@ -104,14 +109,14 @@ def _print_row(name: str, row: Sequence[float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time two processes that train together beside one alone.")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
-    parser.add_argument("--steps", type=int, default=20, help=f"timed steps of a side, after {WARM_UP} that are not")
+    parser.add_argument("--steps", type=int, default=20, help=f"timed steps per side, after {WARM_UP} to warm up")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if min(arguments.steps, arguments.rounds) < 1:
         raise ValueError("--steps and --rounds: expected 1 or more")
     if len(os.sched_getaffinity(0)) < 2:
         raise ValueError("expected two cores that this process may use, got one: run it where there are two")
-    networks = {"the demo": (), "NAS-FPN 3@96 at 256": MIDDLE}
+    networks = {"the demo": (), "NAS-FPN 3@96 at 256": MEDIUM}
     if arguments.set:
         networks = {f"the demo with {' '.join(arguments.set)}": tuple(arguments.set)}
     with tempfile.TemporaryDirectory() as name:

@@ -1,9 +1,9 @@
-"""Times a training step of a config, part by part, on random images.
+"""Benchmark a training step of a config, in total and by part, on random images.
 
     python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py --steps 10
 
-Nothing is read from disk or written. Steps are those of a run, one after the other without waiting for the device; the
-parts, timed apart, each end with the device's work done, so they may sum to more.
+No files are read or written. Steps are those of a run, back to back without waiting for the device; the parts are timed
+separately and each waits for the device, so they may sum to more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from models.record import Batch, select
 
 
 def random_batch(config: Config, device: torch.device) -> Batch:
-    """A batch as the loader gives it: full-size images with 8 boxes each."""
+    """Return a batch as from the loader: full-size images with 8 boxes each."""
     generator = torch.Generator().manual_seed(0)
     batch, pad = config.General.batch_image, config.PadParam
     image = torch.randint(0, 256, (batch, pad.short, pad.long, 3), dtype=torch.uint8, generator=generator)
@@ -40,7 +40,7 @@ def random_batch(config: Config, device: torch.device) -> Batch:
 
 
 def time_parts(trainer: Trainer) -> dict[str, float]:
-    """Seconds of each part of one step, each with the device's work done."""
+    """Return the seconds of each part of one step, each including the device's work."""
     config = trainer.config
     batch = random_batch(config, trainer.device)
     parts, clock = {}, time.perf_counter()
@@ -66,7 +66,7 @@ def time_parts(trainer: Trainer) -> dict[str, float]:
 
 
 def time_steps(trainer: Trainer, steps: int) -> tuple[float, float]:
-    """Seconds per step, back to back as in a run, and of them the seconds that the host was busy."""
+    """Return seconds per step, back to back as in a run, and the part of them in which the host was busy."""
     batches = [random_batch(trainer.config, trainer.device) for _ in range(steps)]
     wait(trainer.device)
     start = time.perf_counter()
@@ -78,7 +78,7 @@ def time_steps(trainer: Trainer, steps: int) -> tuple[float, float]:
 
 
 def wait(device: torch.device) -> None:
-    """For the work that the device has been given."""
+    """Wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

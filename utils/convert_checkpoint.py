@@ -1,11 +1,11 @@
-"""Convert weights between MXNet's .params and .safetensors, in the direction that the two names say.
+"""Convert weights between MXNet's .params and .safetensors, in the direction given by the file names.
 
     python3 utils/convert_checkpoint.py retina-0025.params retina.safetensors
     python3 utils/convert_checkpoint.py experiments/demo/checkpoint-0012.safetensors demo-0012.params
 
-Names and shapes stay as they are; the `arg:` and `aux:` before MXNet's names come and go. A .safetensors file made here
-is a checkpoint: ModelParam.init_from and `detection_test.py --checkpoint` take it. Its epoch is the one in the name of
-the .params file; it knows no classes' names. MXNet is not needed.
+Names and shapes do not change, except for MXNet's prefixes `arg:` and `aux:`. The .safetensors file is a checkpoint,
+for ModelParam.init_from and `detection_test.py --checkpoint`. Its epoch is that in the name of the .params file; it has
+no class names. MXNet is not needed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from core.weights.params_file import SUFFIX, write_params
 
 
 def convert(source: Path, target: Path, force: bool = False) -> int:
-    """Write the tensors of `source` to `target` and return their number. `target` appears whole or not at all.
+    """Write the tensors of `source` to `target` and return their number. `target` is written atomically.
 
     Raises:
         FileNotFoundError: no file `source`.
-        FileExistsError: `target` exists and is not to be replaced.
-        ValueError: the names do not end in .params and .safetensors, the source is damaged, or it holds what the
-            other format does not have.
+        FileExistsError: `target` exists, and `force` is not set.
+        ValueError: the names do not end in .params and .safetensors, the source is damaged, or the other format cannot
+            store its content.
         OSError: `target` cannot be written.
     """
     if {source.suffix, target.suffix} != {SUFFIX, WEIGHTS_SUFFIX}:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Convert weights between MXNet's .params and .safetensors.")
     parser.add_argument("source", metavar="FROM", type=Path)
     parser.add_argument("target", metavar="TO", type=Path)
-    parser.add_argument("--force", action="store_true", help="replace TO where it exists")
+    parser.add_argument("--force", action="store_true", help="replace TO if it exists")
     parsed = parser.parse_args(arguments)
     try:
         number = convert(parsed.source, parsed.target, parsed.force)

@@ -1,4 +1,4 @@
-"""Download an ImageNet backbone to where training looks for it.
+"""Download an ImageNet backbone to the path where training looks for it.
 
     python3 utils/get_backbone.py --depth 50
 
@@ -27,7 +27,7 @@ def get_backbone(depth: int, out: Path) -> None:
     Raises:
         ModuleNotFoundError: huggingface_hub is not installed.
         OSError: the download failed, or `out` cannot be written.
-        ValueError: what came is not that network.
+        ValueError: the downloaded file is not that network.
     """
     repository = f"timm/resnet{depth}.tv_in1k"
     by_hand = f"or download {FILE_NAME} of {repository} on the Hugging Face hub by other means and put it at {out}"

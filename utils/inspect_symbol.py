@@ -2,9 +2,9 @@
 
     python3 utils/inspect_symbol.py FILE.json --shape data=1,3,640,640 --svg pyramid.svg
 
-The picture has a row for every level, the coarsest on top, and a column for every step of a stage; its boxes are found
-by the names that the models and SimpleDet give (stage4_..., S1_P4_1, P3_lateral, cls_conv1_s8). Sizes that do not
-follow from the shapes given are shown as `?`.
+The picture has a row per level, the coarsest on top, and a column per step of a stage; its boxes are found by the names
+of our models and SimpleDet's (stage4_..., S1_P4_1, P3_lateral, cls_conv1_s8). Sizes that cannot be inferred from the
+given shapes are shown as `?`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _COLOURS = ("#cfe2f3", "#d9ead3", "#fff2cc", "#fce5cd", "#f4cccc", "#d9d2e9")
 
 @dataclass(frozen=True, order=True)
 class Box:
-    """What the picture shows as one: a stage of the backbone, a merge of the pyramid, or the head of a level."""
+    """A box of the picture: a stage of the backbone, a merge of the pyramid, or the head of a level."""
 
     stage: int  # 0 the backbone, 1 the pyramid's first stage or FPN, ...
     step: int  # within the stage
@@ -49,7 +49,7 @@ class Box:
 
 
 def read_symbol(path: Path) -> Symbol:
-    """The graph of a JSON file. Raises FileNotFoundError and, naming the file, ValueError."""
+    """Read the graph of a JSON file. Raises FileNotFoundError and, naming the file, ValueError."""
     try:
         return load_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -57,7 +57,7 @@ def read_symbol(path: Path) -> Symbol:
 
 
 def table(symbol: Symbol, shapes: dict[str, Shape]) -> list[str]:
-    """A line for every operator: op, name, shapes of its outputs and its parameters' elements, each parameter where it
+    """Return a line per operator: op, name, shapes of its outputs and its parameters' elements, each parameter where it
     is first used; then their sum. Raises ValueError for shapes that contradict each other."""
     known = propagate(symbol.nodes(), shapes)
     counted = {*symbol.list_inputs(), *symbol.list_auxiliary_states()}
@@ -87,7 +87,7 @@ def _show(shape: Shape) -> str:
 
 
 def box_of(node: Node) -> Box | None:
-    """The box that a node belongs to; None: it is wiring, or outside of the picture."""
+    """Return the box that a node belongs to; None for wiring and nodes outside of the picture."""
     name = node.name
     if match := _STAGE.match(name) or _POOLED.match(name):
         level = int(match[1]) + (match.re is _STAGE)  # the first stage's stride is 4
@@ -103,9 +103,9 @@ def box_of(node: Node) -> Box | None:
 
 
 def wiring(symbol: Symbol) -> dict[Box, dict[Box, None]]:
-    """Every box of a graph and the boxes that feed it, in the graph's order.
+    """Return every box of a graph and the boxes that feed it, in the graph's order.
 
-    Raises ValueError where no name tells of a pyramid, and for more boxes than a picture can show.
+    Raises ValueError if no name is that of a pyramid, and for more boxes than a picture can show.
     """
     nodes = symbol.nodes()
     boxes = {node: box for node in nodes if (box := box_of(node))}
@@ -114,11 +114,12 @@ def wiring(symbol: Symbol) -> dict[Box, dict[Box, None]]:
     if (number := len(set(boxes.values()))) > _MOST_BOXES:
         raise ValueError(f"the pyramid has {number} boxes; expected {_MOST_BOXES} at most")
     feeds: dict[Box, dict[Box, None]] = {}
-    reached: dict[Node, dict[Box, None]] = {}  # the boxes that a node's output comes from
+    reached: dict[Node, dict[Box, None]] = {}  # the boxes on which a node's output depends
     for node in nodes:
         box = boxes.get(node)
         sources: dict[Box, None] = {}
-        for child, _ in node.inputs[: 1 if node.op == "slice_like" else None]:  # the other input only gives its size
+        # slice_like uses only the size of its second input
+        for child, _ in node.inputs[: 1 if node.op == "slice_like" else None]:
             sources |= reached[child]
         if box is None:
             reached[node] = sources
@@ -129,12 +130,12 @@ def wiring(symbol: Symbol) -> dict[Box, dict[Box, None]]:
 
 
 def picture(feeds: dict[Box, dict[Box, None]]) -> str:
-    """The wiring as SVG."""
+    """Return the wiring as SVG."""
     columns = {key: i for i, key in enumerate(sorted({(box.stage, box.step) for box in feeds}))}
     levels = {level: i for i, level in enumerate(sorted({box.level for box in feeds}, reverse=True))}
 
     def place(box: Box) -> tuple[int, int]:
-        """A box's centre."""
+        """Return a box's centre."""
         return _MARGIN + _WIDTH * columns[box.stage, box.step], _MARGIN + _HEIGHT * levels[box.level] + _HEIGHT // 2
 
     width, height = 2 * _MARGIN + _WIDTH * (len(columns) - 1), _MARGIN + _HEIGHT * len(levels)
@@ -165,7 +166,7 @@ def picture(feeds: dict[Box, dict[Box, None]]) -> str:
 
 
 def _curve(x1: int, y1: int, x2: int, y2: int) -> str:
-    """From box to box: upright within a column, bent around the boxes between in a column or row, else an S."""
+    """Return a path from box to box: straight within a column, bent around boxes in between, otherwise an S."""
     if x1 == x2 and abs(y2 - y1) > _HEIGHT:
         left = x1 - _BOX_WIDTH // 2
         return f"M{left} {y1}C{left - 16} {y1} {left - 16} {y2} {left} {y2}"
@@ -181,7 +182,7 @@ def _curve(x1: int, y1: int, x2: int, y2: int) -> str:
 
 
 def parse_shape(text: str) -> tuple[str, Shape]:
-    """A name and its shape from `data=1,3,640,640`. Raises ValueError."""
+    """Parse a name and its shape from `data=1,3,640,640`. Raises ValueError."""
     name, _, sides = text.partition("=")
     if not name or not re.fullmatch(r"\d{1,9}(,\d{1,9})*", sides):
         raise ValueError(f"--shape: expected NAME=SIDE,SIDE,... such as data=1,3,640,640, got {text!r:.80}")
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with atomic_file(parsed.svg) as handle:
                 handle.write(picture(wiring(symbol)).encode())
             print(f"wrote {parsed.svg}")
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")

@@ -1,11 +1,11 @@
-"""Draws a small detection data set in COCO's format: coloured shapes on cluttered backgrounds.
+"""Generate a small detection data set in COCO's format: coloured shapes on cluttered backgrounds.
 
     python3 utils/make_demo_dataset.py --out data/demo
 
-makes the image sets demo_train and demo_val under the data root `data`. Shapes differ in size, rotation and
-colour (which only hints at the class), hide each other, leave the frame, and stand among bars and ellipses
-that are not labelled. Every image depends only on (size, seed, split, index): a larger data set
-begins with the images of a smaller one.
+writes the image sets demo_train and demo_val under the data root `data`. Shapes differ in size, rotation and
+colour (which only hints at the class), occlude each other, and are truncated by the frame; bars and ellipses
+between them are not labelled. Every image is a function of (size, seed, split, index): a larger data set
+starts with the images of a smaller one.
 
 H, W: image sides in pixels; h, w: sides of the window around one shape.
 """
@@ -30,13 +30,13 @@ Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (u, v) -> inside; th
 
 SPLITS = ("train", "val")
 MIN_SIZE = 32
-MIN_VISIBLE = 0.4  # a shape of which less than this share is seen gets no box
-EMPTY_EVERY = 25  # every so many images one has no labelled shape
+MIN_VISIBLE = 0.4  # a shape of which less than this share is visible gets no box
+EMPTY_EVERY = 25  # one of this many images has no labelled shape
 SUPERSAMPLE = 3  # subpixels per pixel side, for smooth edges
 
 
 def _edges_kept(u: np.ndarray, v: np.ndarray, count: int, distance: float) -> np.ndarray:
-    """How many of `count` evenly turned half-planes at `distance` from the centre hold each point."""
+    """Return how many of `count` evenly rotated half-planes at `distance` from the centre contain each point."""
     angles = 2 * math.pi * np.arange(count) / count
     kept = np.zeros(np.broadcast_shapes(u.shape, v.shape), np.int8)
     for angle in angles:
@@ -63,7 +63,7 @@ def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A pentagram is what lies outside at most one edge of its inner pentagon.
+    # a pentagram: the points outside at most one edge of its inner pentagon
     return _edges_kept(u, v, 5, math.cos(0.4 * math.pi)) >= 4
 
 
@@ -92,7 +92,7 @@ CLUTTER: tuple[Outline, ...] = (_bar, _bar, _ellipse)
 
 @dataclass(frozen=True)
 class Box:
-    """One labelled shape: the tight box of its visible pixels, xyxy in pixels with inclusive corners."""
+    """A labelled shape: the tight box of its visible pixels, xyxy in pixels with inclusive corners."""
 
     category_id: int  # 1.. in the order of CLASSES
     xyxy: tuple[int, int, int, int]
@@ -100,7 +100,7 @@ class Box:
 
 
 def _background(rng: np.random.Generator, H: int, W: int) -> np.ndarray:
-    """Soft blotches at two scales around one colour: (H, W, 3) float32."""
+    """Return soft blotches at two scales around one colour, (H, W, 3) float32."""
     canvas = np.empty((H, W, 3), np.float32)
     canvas[:] = rng.uniform(60, 200) + rng.normal(0, 18, 3)
     for cells, strength in ((4, 24.0), (14, 12.0)):
@@ -111,18 +111,18 @@ def _background(rng: np.random.Generator, H: int, W: int) -> np.ndarray:
 
 
 def _any_colour(rng: np.random.Generator) -> np.ndarray:
-    """RGB (3,), 0..255."""
+    """Return a random colour, RGB (3,), 0..255."""
     return rng.uniform(10, 245, 3)
 
 
 def _class_colour(rng: np.random.Generator, category_id: int) -> np.ndarray:
-    """RGB (3,), 0..255: a hue near the class's own, so that colour hints at the class; neighbours overlap."""
+    """Return RGB (3,), 0..255, of a hue near the class's own, which hints at the class; neighbours overlap."""
     hue = ((category_id - 1) / len(CLASSES) + rng.normal(0, 0.05)) % 1
     return 255 * np.array(colorsys.hsv_to_rgb(hue, rng.uniform(0.4, 1), rng.uniform(0.35, 1)))
 
 
 def _against(backdrop: np.ndarray, contrast: float, draw: Callable[[], np.ndarray]) -> np.ndarray:
-    """A drawn colour (3,) at least `contrast` (Euclidean) from the backdrop's mean, if one of 50 is."""
+    """Return a sampled colour (3,) at least `contrast` (Euclidean) from the backdrop's mean, if one of 50 is."""
     mean = backdrop.reshape(-1, 3).mean(0)  # (h, w, 3) -> (h*w, 3)
     for _ in range(50):
         colour = draw()
@@ -140,9 +140,9 @@ def _paint(
     draw_colour: Callable[[], np.ndarray],
     contrast: float,
 ) -> tuple[np.ndarray, int]:
-    """Paints one turned shape on the canvas (H, W, 3).
+    """Paint a rotated shape on the canvas (H, W, 3).
 
-    Returns the pixels it covers, (H, W) bool, and how many it would cover on an endless canvas.
+    Returns the pixels it covers, (H, W) bool, and the number that it would cover on an unbounded canvas.
     """
     H, W = canvas.shape[:2]
     left, top = (math.floor(c - radius) for c in centre)
@@ -171,7 +171,7 @@ def _paint(
 def _free_place(
     rng: np.random.Generator, margin: float, W: int, H: int, taken: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """Of four random places the one furthest from those taken: shapes meet, but seldom cover each other."""
+    """Return the one of four random places furthest from those taken: shapes overlap, but rarely hide each other."""
     places = [(rng.uniform(margin, W - margin), rng.uniform(margin, H - margin)) for _ in range(4)]
     return max(places, key=lambda place: min((math.dist(place, other) for other in taken), default=0.0))
 
@@ -183,7 +183,7 @@ def _tight_box(category_id: int, visible: np.ndarray) -> Box:
 
 
 def draw_scene(rng: np.random.Generator, size: int, num_shape: int) -> tuple[np.ndarray, list[Box]]:
-    """Draws one image with `num_shape` labelled shapes, sides within 15% of `size`.
+    """Draw an image with `num_shape` labelled shapes, sides within 15% of `size`.
 
     Returns the image (H, W, 3) uint8 RGB and the boxes of the shapes that remain visible, in drawing order.
     """
@@ -248,7 +248,7 @@ def _make_split(out: Path, split: str, count: int, size: int, seed: int) -> Path
     }
     path = out / "annotations" / f"instances_{split}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written last and renamed into place: whoever sees the json finds all its images.
+    # written last and renamed into place: the images of an existing json are complete
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     os.replace(temporary, path)
@@ -256,14 +256,13 @@ def _make_split(out: Path, split: str, count: int, size: int, seed: int) -> Path
 
 
 def make_demo_dataset(out: str | Path, train: int, val: int, size: int, seed: int) -> list[Path]:
-    """Writes <out>/images/{train,val}/*.jpg and <out>/annotations/instances_{train,val}.json.
+    """Write <out>/images/{train,val}/*.jpg and <out>/annotations/instances_{train,val}.json.
 
     `train` and `val` count images, `size` is their typical side in pixels. Boxes are COCO's [x, y, w, h] of
-    the visible pixels, w = x2 - x1 + 1. The same arguments give the same bytes. Files of an earlier call are
-    replaced.
+    the visible pixels, w = x2 - x1 + 1. Equal arguments give equal bytes. Files of an earlier call are replaced.
 
     Returns the paths of the two json files. Raises ValueError for counts below 1, a size below 32 or a
-    negative seed, OSError where the folder cannot be written.
+    negative seed, OSError if the folder cannot be written.
     """
     for name, value, least in (
         ("train", train, 1),

@@ -1,4 +1,4 @@
-"""Draws the course of a training run from its JSON-lines log.
+"""Plot a training run from its JSON-lines log.
 
     python3 utils/plot_loss.py experiments/<name>/log.jsonl --out loss.png
 
@@ -24,12 +24,12 @@ LR_COLOUR, ACCURACY_COLOUR, AP_COLOUR = "#4b5d8f", "#009e73", "#aa3377"
 
 
 def read_log(path: str | Path) -> tuple[list[Record], list[Record]]:
-    """Reads the training lines and the evaluation lines of a log, both in the order of their steps.
+    """Read the training lines and the evaluation lines of a log, both in the order of their steps.
 
     A training line has "step" and "cls_loss", an evaluation line "event": "eval", "step" and "AP"; others are
-    passed over. Where the training steps go back, a run was resumed: what lies at and after that step is
-    dropped. A last line that was cut off is passed over. Raises ValueError for any other line that is not a
-    JSON object and for a log without training lines.
+    ignored, and so is an incomplete last line. If the training steps go back, a run was resumed, and the lines
+    from that step on are dropped. Raises ValueError for any other line that is not a JSON object and for a log
+    without training lines.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     train: list[Record] = []
@@ -59,20 +59,20 @@ def read_log(path: str | Path) -> tuple[list[Record], list[Record]]:
 
 
 def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values (n,) of the records that have `key`."""
+    """Return steps and values (n,) of the records that have `key`."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
     steps, values = np.array(points, np.float64).reshape(-1, 2).T  # (n, 2) -> (2, n)
     return steps, values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of a fiftieth of the run, shorter at both ends."""
+    """Return the mean over a centred window of a fiftieth of the run, shorter at both ends."""
     window = np.ones(2 * (len(values) // 100) + 1)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
 
 def _plot_noisy(axes: Axes, records: list[Record], key: str, label: str, colour: str) -> None:
-    """The values pale, their running mean strong."""
+    """Plot the values in a light colour and their running mean in full."""
     steps, values = _series(records, key)
     if len(steps) == 0:
         return
@@ -81,7 +81,7 @@ def _plot_noisy(axes: Axes, records: list[Record], key: str, label: str, colour:
 
 
 def _plot_evaluations(panels: Sequence[Axes], evaluations: list[Record]) -> None:
-    """A dotted line through all panels at every evaluation, its AP as a point in the last panel."""
+    """Plot a dotted line through all panels at every evaluation, and its AP as a point in the last panel."""
     steps, values = _series(evaluations, "AP")
     for panel in panels:
         for step in steps:
@@ -98,9 +98,9 @@ def _plot_evaluations(panels: Sequence[Axes], evaluations: list[Record]) -> None
 
 
 def plot_loss(jsonl_path: str | Path, png_path: str | Path) -> None:
-    """Draws losses, learning rate, foreground accuracy and evaluations of a training log into a PNG file.
+    """Plot losses, learning rate, foreground accuracy and evaluations of a training log into a PNG file.
 
-    Raises what read_log raises, FileNotFoundError where the log or the folder of the picture is missing.
+    Raises as read_log does, and FileNotFoundError if the log or the folder of the picture is missing.
     """
     train, evaluations = read_log(jsonl_path)
     figure = Figure(figsize=(9, 8), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""Images and boxes on their way to a training step: a COCO json as columns, samples, batches by worker processes.
+"""Input data: the columnar index of a COCO json, samples, and batches from worker processes.
 
 Nothing here knows the network, its weights or the device that computes.
 """

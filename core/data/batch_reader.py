@@ -1,4 +1,4 @@
-"""From the samples of a step to a batch, in whichever process reads it."""
+"""Reading of a batch from its samples, in a loader worker or in the training process."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ import torch
 from torch.utils.data import Dataset
 
 from core.data.dataset import DetectionDataset, Failure
-from core.data.sample_order import Part
+from core.data.sample_order import Shard
 from models.record import Batch, Record
 
-_SHOWN = 3  # image files that an error names
+_SHOWN = 3  # image files that an error names, at most
 
 
 @dataclass(frozen=True)
 class SkipBadImages:
-    """DatasetParam.bad_image = "skip": another sample stands in for one whose image cannot be read."""
+    """DatasetParam.bad_image = "skip": a sample whose image cannot be read is replaced by another."""
 
-    limit: int  # image files in a process
-    spares: Callable[[int, int], list[int]]  # of (epoch, sample), best first
+    limit: int  # bad image files per process
+    spares: Callable[[int, int], list[int]]  # (epoch, sample) to the samples that may replace it, best first
 
 
 class BatchReader(Dataset[Any]):
-    """Batches, as `core.data.loader` describes them; the keys are Parts. Without `skip` a bad image is a Failure."""
+    """Batches, as documented in `core.data.loader`, by Shard. Without `skip` a bad image is a Failure."""
 
     def __init__(self, dataset: DetectionDataset, skip: SkipBadImages | None = None) -> None:
         self.dataset = dataset
         self.skip = skip
 
-    def __getitem__(self, part: Part) -> Batch | Failure:
+    def __getitem__(self, shard: Shard) -> Batch | Failure:
         skipped: dict[str, str] = {}
         records: list[Record] = []
-        for sample in part.samples or [part.like]:
-            record = self._read(part.epoch, sample, skipped)
+        for sample in shard.samples or [shard.like]:
+            record = self._read(shard.epoch, sample, skipped)
             if isinstance(record, Failure):
                 return record
             records.append(record)
         batch = _collate(records)
         if isinstance(batch, Failure):
             return batch
-        if not part.samples:
+        if not shard.samples:
             batch = {name: value[:0] for name, value in batch.items()}
         return cast(Batch, batch | {"skipped": list(skipped.items())})
 
     def _read(self, epoch: int, sample: int, skipped: dict[str, str]) -> Record | Failure:
-        """The record of the sample, or of what stands in for it. Files that cannot be read are added to `skipped`."""
+        """Return the record of the sample, or of its replacement. Files that cannot be read are added to `skipped`."""
         record = self.dataset[epoch, sample]
         if self.skip is None:
             return record
@@ -56,21 +56,21 @@ class BatchReader(Dataset[Any]):
         while isinstance(record, Failure) and record.bad_image is not None:
             skipped[record.bad_image] = record.message
             if len(skipped) > self.skip.limit:
-                return Failure(too_many(skipped, self.skip.limit))
+                return Failure(too_many_bad_images(skipped, self.skip.limit))
             spares = spares or iter(self.skip.spares(epoch, sample))
             spare = next(spares, None)
             if spare is None:
-                return Failure(f"nothing is left to stand in for an image that cannot be read: {record.message}")
+                return Failure(f"no sample is left to replace an image that cannot be read: {record.message}")
             record = self.dataset[epoch, spare]
         return record
 
 
-def too_many(skipped: Mapping[str, str], limit: int) -> str:
-    """The error for more bad images, {path: what is wrong}, than may be skipped."""
+def too_many_bad_images(skipped: Mapping[str, str], limit: int) -> str:
+    """Return the error for more bad images, {path: problem}, than may be skipped."""
     last = "; ".join(list(skipped.values())[-_SHOWN:])
     return (
         f"DatasetParam.bad_image_limit: {len(skipped)} image files could not be read, more than {limit}; the last: "
-        f"{last}. See whether the images' disk is there and whole, fetch them again, or raise the limit"
+        f"{last}. Check the disk of the images, fetch them again, or raise the limit"
     )
 
 

@@ -1,4 +1,4 @@
-"""From a COCO json to the columns of its index.
+"""Parsing of a COCO json into the columns of its index.
 
 N images, M boxes of all images. Boxes are xyxy in pixels of the image file, with inclusive corners; classes
 are numbered 1..K in the order of the sorted category ids.
@@ -19,12 +19,12 @@ Columns = dict[str, np.ndarray]
 
 _ANNOTATION_KEYS = frozenset({"id", "image_id", "category_id", "bbox"})
 _IMAGE_KEYS = ("id", "file_name", "height", "width")
-_SHOWN = 5  # offenders that an error names
-_SHOWN_TEXT = 200  # characters of each
+_SHOWN = 5  # ids that an error names, at most
+_SHOWN_TEXT = 200  # characters of an entry in an error
 
 
 def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
-    """What `core.data.coco_index.CocoIndex` holds of a COCO json: its facts as JSON values, and its columns.
+    """Return the metadata (JSON values) and the columns of a COCO json, as `core.data.coco_index.CocoIndex` has them.
 
     A box (x, y, w, h) of an image of size W x H becomes x1 = max(0, x), x2 = min(W - 1, x1 + max(0, w - 1)),
     and the same for y. Crowd boxes, boxes of area <= 0 and boxes that lie outside the image are left out.
@@ -36,7 +36,7 @@ def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
     content = read_json(path, object_hook=annotations.take)
     categories = checked_categories(content.get("categories"), path)
     images = _checked_images(content.get("images"), path)
-    has_annotation = bool(content.get("annotations"))  # an empty list says no more than none
+    has_annotation = bool(content.get("annotations"))  # an empty list counts as none
     _check_all_taken(content.get("annotations", []), len(annotations.id), path)
     image_id = np.array([image["id"] for image in images], np.int64)
     _check_unique(image_id, "images", path)
@@ -44,7 +44,7 @@ def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
     height = np.array([image["height"] for image in images], np.int32)
     width = np.array([image["width"] for image in images], np.int32)
     box, box_offset, left_out = _boxes(annotations, image_id, height, width, [i for i, _ in categories])
-    facts: dict[str, Any] = {
+    meta: dict[str, Any] = {
         "has_annotation": has_annotation,
         "category_ids": [i for i, _ in categories],
         "class_names": [name for _, name in categories],
@@ -59,12 +59,12 @@ def read_columns(path: str) -> tuple[dict[str, Any], Columns]:
         "box_offset": box_offset,
         "box": box,
     }
-    return facts, columns
+    return meta, columns
 
 
 @dataclass
 class _Annotations:
-    """The annotations' numbers, without a Python object per box."""
+    """Columns of the annotations' numbers, without a Python object per box."""
 
     path: str
     id: array[int] = field(default_factory=lambda: array("q"))
@@ -75,8 +75,8 @@ class _Annotations:
     crowd: array[int] = field(default_factory=lambda: array("b"))
 
     def take(self, item: dict[str, Any]) -> dict[str, Any] | None:
-        """Called by json for every object that it has parsed: an annotation's numbers go to the columns and
-        None stands in its place, an image keeps the fields that are used, anything else stays as it is."""
+        """Object hook of json: append an annotation to the columns and replace it by None; reduce an image to the
+        fields that are used; return other objects unchanged."""
         if not item.keys() >= _ANNOTATION_KEYS:
             return {key: item[key] for key in _IMAGE_KEYS if key in item} if "file_name" in item else item
         box = item["bbox"]
@@ -102,7 +102,7 @@ class _Annotations:
 
 def _checked_images(images: Any, path: str) -> list[dict[str, Any]]:
     if not isinstance(images, list):
-        raise ValueError(f"{path}: 'images' is missing or no list; is this a COCO instances_*.json?")
+        raise ValueError(f"{path}: 'images' is missing or no list; give a COCO instances_*.json")
     for i, image in enumerate(images):
         keys = image.keys() if isinstance(image, dict) else ()
         missing = [key for key in _IMAGE_KEYS if key not in keys]
@@ -117,7 +117,7 @@ def _checked_images(images: Any, path: str) -> list[dict[str, Any]]:
                 f"{path}: images[{i}]: expected an integer id, a file name, and height and width as positive "
                 f"integers, got {str(image)[:_SHOWN_TEXT]}"
             )
-        if not _stays_below(image["file_name"]):
+        if not _is_inside_folder(image["file_name"]):
             raise ValueError(
                 f"{path}: images[{i}]: file name {image['file_name'][:_SHOWN_TEXT]!r} is no path below the image "
                 f"folder; expected such as '000000000139.jpg', without '..' and not absolute"
@@ -125,14 +125,14 @@ def _checked_images(images: Any, path: str) -> list[dict[str, Any]]:
     return images
 
 
-def _stays_below(file_name: str) -> bool:
-    """A json from elsewhere must not make us read files from outside of the image folder."""
+def _is_inside_folder(file_name: str) -> bool:
+    """Return True for a relative path inside the image folder: an untrusted json must not read files outside of it."""
     is_inside = not file_name.startswith("/") and ".." not in file_name.split("/")
     return is_inside and "\0" not in file_name and "\\" not in file_name and is_unicode(file_name)
 
 
 def _check_all_taken(annotations: Any, num_taken: int, path: str) -> None:
-    """Everything in `annotations` must have gone to the columns, and nothing else."""
+    """Raise ValueError unless exactly the items of `annotations` were appended to the columns."""
     if not isinstance(annotations, list):
         raise ValueError(f"{path}: 'annotations' is no list but {type(annotations).__name__}")
     for i, item in enumerate(annotations):
@@ -164,10 +164,10 @@ def _boxes(
     width: np.ndarray,
     category_ids: list[int],
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-    """Boxes to train on, (M, 5) float32 in the order of the images, their offsets, (N + 1,) int64, and how many are
-    left out, by reason."""
+    """Return the boxes to train on, (M, 5) float32 in the order of the images, their offsets, (N + 1,) int64, and the
+    number of boxes left out, by reason."""
     path = annotations.path
-    ids = np.frombuffer(annotations.id, np.int64)  # views: tens of millions of boxes shall not lie there twice
+    ids = np.frombuffer(annotations.id, np.int64)  # views: there may be tens of millions of boxes
     xywh = np.frombuffer(annotations.xywh, np.float64).reshape(-1, 4)  # (M, 4)
     area = np.frombuffer(annotations.area, np.float64)
     _check_unique(ids, "annotations", path)
@@ -196,8 +196,7 @@ def _boxes(
 
 
 def _positions(values: np.ndarray, known: np.ndarray, ids: np.ndarray, what: str, path: str) -> np.ndarray:
-    """Where each value stands in the sorted `known`; ValueError, naming annotations, for one that does
-    not."""
+    """Return the position of each value in the sorted `known`. Raises ValueError, naming annotations, for others."""
     position = np.searchsorted(known, values)
     unknown = position == len(known)
     unknown[~unknown] = known[position[~unknown]] != values[~unknown]

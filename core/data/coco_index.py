@@ -1,4 +1,4 @@
-"""An index of a COCO json: columns on disk, built once, memory-mapped and shared by all worker processes.
+"""Index of a COCO json: columns on disk, built once, memory-mapped and shared by all worker processes.
 
 N images, G boxes of one image, M boxes of all images. Boxes are xyxy in pixels of the image file, with
 inclusive corners; classes are numbered 1..K in the order of the sorted category ids.
@@ -26,8 +26,8 @@ from core.run.atomic_file import atomic_file
 
 _FORMAT = 3  # part of the cache key: raise it when the columns or the rule for boxes change
 _META = "meta.json"
-_SHOWN = 5  # offenders that an error names
-_SETTLED_NS = 2 * 10**9  # file systems keep times to 2 s or better
+_SHOWN = 5  # images that an error names, at most
+_TIME_RESOLUTION_NS = 2 * 10**9  # file systems store times to 2 s or better
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CocoIndex:
     category_ids: tuple[int, ...]
     class_names: tuple[str, ...]
     num_crowd: int  # boxes that are left out as crowds
-    num_unfit: int  # and those without area or outside of their image
+    num_unfit: int  # boxes that are left out without area or outside of their image
     image_id: np.ndarray  # (N,) int64
     height: np.ndarray  # (N,) int32
     width: np.ndarray  # (N,) int32
@@ -55,15 +55,15 @@ class CocoIndex:
 
     @property
     def has_box(self) -> np.ndarray:
-        """(N,) bool: the images with a box to train on."""
+        """(N,) bool: True for images with a box to train on."""
         return np.diff(self.box_offset) > 0
 
     def file_name(self, i: int) -> str:
-        """The json's file name, relative to the image folder."""
+        """Return the json's file name of an image, relative to the image folder."""
         return self.name_bytes[self.name_offset[i] : self.name_offset[i + 1]].tobytes().decode()
 
     def file_names(self) -> list[str]:
-        """All of them; quicker than one by one."""
+        """Return all file names; faster than one by one."""
         content, offset = self.name_bytes.tobytes(), self.name_offset.tolist()
         return [content[a:b].decode() for a, b in pairwise(offset)]
 
@@ -71,23 +71,23 @@ class CocoIndex:
         return os.path.join(self.image_set.image_dir, self.file_name(i))
 
     def gt_bbox(self, i: int) -> np.ndarray:
-        """(G, 5) float32: x1, y1, x2, y2 (pixels of the file, inclusive), class 1..K. A copy."""
+        """Return a copy of an image's boxes, (G, 5) float32: x1, y1, x2, y2 (file pixels, inclusive), class 1..K."""
         return np.array(self.box[self.box_offset[i] : self.box_offset[i + 1]])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A process that gets the index by pickling maps the same files instead of copying the columns."""
+        """Pickle the folder alone: the receiving process maps the same files instead of copying the columns."""
         return _load, (Path(self.folder), self.image_set)
 
 
 def open_index(image_set: ImageSet, cache_root: str | None = None, require_images: bool = True) -> CocoIndex:
-    """The index of an image set, built now if it is not in the cache yet.
+    """Return the index of an image set; builds it if it is not in the cache yet.
 
     The cache is `cache_root`, else $NECKLACE_CACHE, else ~/.cache/necklace. An index belongs to one state of
-    the json (path, size, modification time); one that cannot be read is built again. `read_columns` states
-    which boxes are in it.
+    the json (path, size, modification time); one that cannot be read is rebuilt. `read_columns` documents
+    the boxes in it.
 
-    With `require_images` every image file has to be there. Their folders are listed once, and again when their
-    modification times change, as they do where a file vanishes.
+    `require_images` checks that every image file exists. The image folders are listed once, and again when their
+    modification times change, as they do when a file is removed.
 
     Raises FileNotFoundError for a missing json, image folder or required image file; ValueError, naming the json
     and the entries at fault, for one that is not valid COCO; OSError where the cache cannot be written.
@@ -95,24 +95,20 @@ def open_index(image_set: ImageSet, cache_root: str | None = None, require_image
     require_annotation(image_set)
     require_image_dir(image_set)
     root = Path(cache_root or os.environ.get("NECKLACE_CACHE") or "~/.cache/necklace").expanduser()
-    folder = root / _cache_key(image_set.annotation)
+    stat = os.stat(image_set.annotation)
+    state = f"{_FORMAT} {os.path.realpath(image_set.annotation)} {stat.st_size} {stat.st_mtime_ns}"
+    folder = root / f"{Path(image_set.annotation).stem}-{hashlib.sha256(state.encode()).hexdigest()[:16]}"
     existed = folder.exists()
     try:
         index = _load(folder, image_set)
     except (OSError, EOFError, ValueError, KeyError, TypeError):  # absent or damaged
-        if existed:  # otherwise another process may have put a good one there since
+        if existed:  # otherwise another process may have written a valid one since
             shutil.rmtree(folder, ignore_errors=True)
         _store(*read_columns(image_set.annotation), folder)
         index = _load(folder, image_set)
     if require_images:
         _check_images(index)
     return index
-
-
-def _cache_key(annotation: str) -> str:
-    stat = os.stat(annotation)
-    identity = f"{_FORMAT} {os.path.realpath(annotation)} {stat.st_size} {stat.st_mtime_ns}"
-    return f"{Path(annotation).stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def _load(folder: Path, image_set: ImageSet) -> CocoIndex:
@@ -134,14 +130,14 @@ def _load(folder: Path, image_set: ImageSet) -> CocoIndex:
     )
 
 
-def _store(facts: dict[str, Any], columns: Columns, folder: Path) -> None:
-    """Writes beside and renames, so that no other process ever sees half an index."""
-    meta = facts | {"column": {name: column.shape for name, column in columns.items()}}
+def _store(meta: dict[str, Any], columns: Columns, folder: Path) -> None:
+    """Write to a temporary folder and rename it, so that other processes never see an incomplete index."""
+    meta = meta | {"column": {name: column.shape for name, column in columns.items()}}
     temporary = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-        temporary.chmod(0o755)  # mkdtemp's 0700 would shut out other users of a shared cache
+        temporary.chmod(0o755)  # mkdtemp's 0700 would exclude other users of a shared cache
         for name, column in columns.items():
             np.save(temporary / f"{name}.npy", column, allow_pickle=False)
         (temporary / _META).write_text(json.dumps(meta))
@@ -157,7 +153,7 @@ def _store(facts: dict[str, Any], columns: Columns, folder: Path) -> None:
 
 
 def _renamed(temporary: Path, folder: Path) -> bool:
-    """False where another process has put its index there meanwhile, which is as good as ours."""
+    """Rename the folder; returns False if another process has written the same index meanwhile."""
     try:
         temporary.rename(folder)
     except OSError:
@@ -168,14 +164,14 @@ def _renamed(temporary: Path, folder: Path) -> bool:
 
 
 def _check_images(index: CocoIndex) -> None:
-    """Raises FileNotFoundError, naming some, where images are missing; remembers where none is."""
+    """Raise FileNotFoundError, naming some, if images are missing; store the result of a successful check."""
     image_dir = index.image_set.image_dir
-    place = os.fsencode(os.path.abspath(image_dir))  # image sets of several folders may share a json
-    known = Path(index.folder, f"images-{hashlib.sha256(place).hexdigest()[:16]}.json")
+    path = os.fsencode(os.path.abspath(image_dir))  # image sets in different folders may share a json
+    known = Path(index.folder, f"images-{hashlib.sha256(path).hexdigest()[:16]}.json")
     if _is_unchanged(known):
         return
-    began = time.time_ns()
-    folders = {folder: _modified(folder) for folder in _image_folders(index)}  # before they are listed
+    start = time.time_ns()
+    folders = {folder: _modified(folder) for folder in _image_folders(index)}  # read before the folders are listed
     missing = _missing_images(index)
     if missing:
         shown = ", ".join(missing[:_SHOWN]) + (", ..." if len(missing) > _SHOWN else "")
@@ -183,14 +179,14 @@ def _check_images(index: CocoIndex) -> None:
             f"image set {index.image_set.name!r}: {len(missing)} of {index.num_image} images named "
             f"in {index.image_set.annotation} are not in {image_dir}: {shown}; {index.image_set.remedy}"
         )
-    # in a folder of the last moments a file may still vanish under the same time stamp
-    if all(time_ns is not None and time_ns < began - _SETTLED_NS for time_ns in folders.values()):
-        with suppress(OSError), atomic_file(known) as file:  # a cache of someone else's: it is checked every time
+    # in a folder modified just now, a file may still be removed under the same time stamp
+    if all(time_ns is not None and time_ns < start - _TIME_RESOLUTION_NS for time_ns in folders.values()):
+        with suppress(OSError), atomic_file(known) as file:  # in a read-only cache the check is repeated every time
             file.write(json.dumps(folders).encode())
 
 
 def _is_unchanged(known: Path) -> bool:
-    """Do the folders have the modification times of the last good check?"""
+    """Return True if the folders have the modification times of the last successful check."""
     try:
         folders = json.loads(known.read_bytes())
         return bool(folders) and all(_modified(folder) == time_ns for folder, time_ns in folders.items())
@@ -206,24 +202,24 @@ def _modified(folder: str) -> int | None:
 
 
 def _image_folders(index: CocoIndex) -> set[str]:
-    """Every folder that images lie in."""
+    """Return all folders that contain images."""
     slash = (index.name_bytes == ord("/")).any()
     below = {os.path.dirname(name) for name in index.file_names()} if slash else set()
     return {os.path.join(os.path.abspath(index.image_set.image_dir), name) for name in {"", *below}}
 
 
 def _missing_images(index: CocoIndex) -> list[str]:
-    """Lists each folder once: a stat per image takes minutes on a network file system."""
+    """Return the images without a file. Lists each folder once: a stat per image takes minutes on a network disk."""
     directly = set(os.listdir(index.image_set.image_dir))
     listed: dict[str, set[str]] = {}
     missing = []
     for file_name in index.file_names():
-        if file_name in directly:  # COCO's have no folders below: a million of them in half a second
+        if file_name in directly:  # COCO has no subfolders: a million images in half a second
             continue
         folder, name = os.path.split(os.path.join(index.image_set.image_dir, file_name))
         if folder not in listed:
             listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        # file systems that ignore case or normalise names have files that are not listed as they are asked for
+        # on file systems that ignore case or normalise names, a file may exist under another listed name
         if name not in listed[folder] and not os.path.exists(os.path.join(folder, name)):
             missing.append(file_name)
     return missing

@@ -1,4 +1,4 @@
-"""Samples: the images of one or several image sets, after the sample transforms of a recipe."""
+"""Dataset of samples: the images of one or several image sets, after the sample transforms of a recipe."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Key = tuple[int, int]  # epoch, sample
 
 @dataclass(frozen=True)
 class Failure:
-    """A user's error on its way from a worker: torch would turn an exception into a page of traceback."""
+    """An error for the user, returned by a worker: torch would turn an exception into a long traceback."""
 
     message: str
-    bad_image: str | None = None  # the image file, where that could not be read
+    bad_image: str | None = None  # the image file, if it could not be read
 
 
 class DetectionDataset(Dataset[Any]):
-    """Samples of one or several image sets, after the sample transforms. Its keys are (epoch, sample index).
+    """Samples of one or several image sets, after the sample transforms, by (epoch, sample index).
 
-    With `flip` every image is there twice: sample i plain, sample i + n mirrored. Without `keep_empty` images
-    that have no box to train on are left out.
+    With `flip` every image has two samples: i as it is, i + n mirrored. Without `keep_empty` images that have no box
+    to train on are left out.
 
-    Raises ValueError for a negative seed, for image sets of different classes, and where no image is left.
+    Raises ValueError for a negative seed, for image sets of different classes, and if no image is left.
     """
 
     def __init__(
@@ -50,13 +50,11 @@ class DetectionDataset(Dataset[Any]):
         self.flip = flip
         kept = [np.flatnonzero(index.has_box | keep_empty) for index in indexes]
         if not any(len(rows) for rows in kept):
-            raise ValueError(_nothing_left(indexes))
-        # Of every image: its index among indexes, its row there.
-        self._source = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
-        self._row = np.concatenate(kept)
-        # Portrait: height >= width.
+            raise ValueError(_no_image_left(indexes))
+        self._source = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])  # (images,) position in indexes
+        self._row = np.concatenate(kept)  # (images,) row of that index
         portrait = [(index.height >= index.width)[rows] for index, rows in zip(indexes, kept, strict=True)]
-        self.portrait = np.tile(np.concatenate(portrait), 2 if flip else 1)  # (samples,) bool
+        self.portrait = np.tile(np.concatenate(portrait), 2 if flip else 1)  # (samples,) bool: height >= width
 
     @property
     def num_image(self) -> int:
@@ -85,7 +83,7 @@ class DetectionDataset(Dataset[Any]):
         return record
 
     def record(self, epoch: int, sample: int) -> Record:
-        """The record of a sample before its transforms."""
+        """Return the record of a sample before its transforms."""
         i = sample % self.num_image
         index, row = self.indexes[self._source[i]], int(self._row[i])
         return {
@@ -95,7 +93,7 @@ class DetectionDataset(Dataset[Any]):
             "w": int(index.width[row]),
             "gt_bbox": index.gt_bbox(row),
             "flipped": sample >= self.num_image,
-            "rng": np.random.default_rng((self.seed, epoch, 1 + sample)),  # 0 is the shuffle's
+            "rng": np.random.default_rng((self.seed, epoch, 1 + sample)),  # (seed, epoch, 0) shuffles the epoch
         }
 
 
@@ -110,12 +108,12 @@ def _check_same_classes(indexes: Sequence[CocoIndex]) -> None:
             )
 
 
-def _nothing_left(indexes: Sequence[CocoIndex]) -> str:
-    told = []
+def _no_image_left(indexes: Sequence[CocoIndex]) -> str:
+    reasons = []
     for index in indexes:
-        why = "no box to train on" if index.has_annotation else "no annotations in its json"
-        told.append(f"{index.image_set.name}: {index.num_image} images, {why}")
+        reason = "no box to train on" if index.has_annotation else "no annotations in its json"
+        reasons.append(f"{index.image_set.name}: {index.num_image} images, {reason}")
     return (
-        f"DatasetParam.image_set: no image to work on. {'; '.join(told) or 'none is named'}; name an "
-        f"image set with images and, to train, boxes that are no crowds, lie inside and have an area"
+        f"DatasetParam.image_set: no image is left. {'; '.join(reasons) or 'no image set is named'}; name an "
+        f"image set with images and, to train, boxes that are no crowds, lie inside their image and have an area"
     )

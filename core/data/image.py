@@ -1,6 +1,6 @@
-"""Image files to uint8 RGB arrays. H, W: sides of the pixel grid that the annotations refer to.
+"""Decoding of image files to uint8 RGB arrays. H, W: sides of the pixel grid that the annotations refer to.
 
-Pillow decodes: it tells a truncated file from a whole one, and gives OpenCV's pixels for an ordinary JPEG.
+Pillow is the decoder: it detects truncated files, and decodes an ordinary JPEG to the same pixels as OpenCV.
 """
 
 from __future__ import annotations
@@ -9,16 +9,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_TRANSPOSED = (5, 6, 7, 8)  # its values that exchange height and width
+_TRANSPOSED = (5, 6, 7, 8)  # orientations that exchange height and width
 
 
 def read_image(path: str, height: int, width: int) -> np.ndarray:
-    """The image of a file as (H, W, 3) uint8 RGB, H = height and W = width as the annotations state them.
+    """Return an image as (H, W, 3) uint8 RGB, H = height and W = width as the annotations state them.
 
-    Annotations are drawn either on the pixels as stored or on the picture as a viewer shows it; their size
-    tells which: where it is the stored size, an EXIF orientation is ignored, where it is that of the rotated
-    picture, it is applied. Grey becomes three equal channels; 16 bits keep the upper eight; CMYK and palettes
-    are converted; an alpha channel is dropped.
+    Annotations refer either to the stored pixels or to the picture after its EXIF orientation: the orientation is
+    ignored if their size is the stored one, and applied if it is that of the rotated picture. Grey becomes three equal
+    channels; of 16 bits the upper eight are kept; CMYK and palettes are converted; an alpha channel is dropped.
 
     Raises FileNotFoundError, and ValueError naming the file for one that is damaged, truncated, of another
     size, or of a pixel format without a fixed range.
@@ -33,7 +32,7 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise _ImageError(f"image {path} is too large to be read safely: {error}; cut it into tiles") from error
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
         raise _ImageError(
             f"cannot read image {path}: {error}; the file is damaged or truncated: fetch it again, or remove "
             f"it from the annotations"
@@ -42,7 +41,7 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
 
 
 class _ImageError(ValueError):
-    """An error whose message is complete: it names the file and the remedy."""
+    """An error with a complete message: it names the file and the remedy."""
 
 
 def _oriented(file: Image.Image, path: str, height: int, width: int) -> Image.Image:
@@ -64,6 +63,6 @@ def _to_rgb(image: Image.Image, path: str) -> np.ndarray:
     if image.mode.startswith("I"):  # Pillow's modes for 16-bit grey
         grey = (np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.mode in ("P", "PA"):  # Pillow warns where a palette with transparency loses it unsaid
+    if image.mode in ("P", "PA"):  # Pillow warns when a palette's transparency is dropped implicitly
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))

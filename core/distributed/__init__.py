@@ -1,4 +1,4 @@
-"""The processes that train together: their start, their process group, their averaged gradients.
+"""Training in several processes: their launcher, their process group, and averaging of gradients.
 
 Nothing here knows the network or what a step computes.
 """

@@ -1,4 +1,4 @@
-"""Gradients averaged over the processes while the backward pass goes on."""
+"""Gradients averaged over the ranks during the backward pass."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ BUCKET_BYTES = 25 * 2**20
 
 
 class GradientAverage:
-    """Replaces every parameter's gradient by its mean over the ranks, while the backward pass goes on.
+    """Data-parallel mean of gradients with fixed buckets: DistributedDataParallel rebuilds its buckets in the order of
+    the first backward pass it sees, so that a resumed run would round its sums in another order.
 
-    torch's DistributedDataParallel orders its buckets by the first backward pass that it sees, so that a resumed run
-    would round its sums in another order; here buckets never change and a resumed run repeats bit for bit.
-
-    Parameters are put into buckets, the last ones first, as a backward pass reaches them in about that order; a full
-    bucket is sent while the pass goes on. Gradients are views of the buckets: nothing is held twice.
+    Parameters are put into buckets, the last ones first, which is about the order of a backward pass; the all-reduce
+    of a complete bucket overlaps with the rest of the pass. Gradients are views of the buckets, not copies.
     """
 
     def __init__(
@@ -27,17 +25,17 @@ class GradientAverage:
     ) -> None:
         self.group = group
         self._buckets = _in_buckets([p for p in parameters if p.requires_grad][::-1], bucket_bytes)
-        self._flat: list[Tensor] = []  # of every bucket: its gradients one after the other, as they travel
-        self._views: list[list[Tensor]] = []  # of every bucket: each gradient in it, strided as its parameter
-        self._missing: list[int] = []  # of every bucket: gradients that have not come
+        self._flat: list[Tensor] = []  # per bucket: its gradients, concatenated
+        self._views: list[list[Tensor]] = []  # per bucket: a view of each gradient, strided as its parameter
+        self._missing: list[int] = []  # per bucket: gradients that are not computed yet
         self._sent: list[dist.Work] = []
         for number, bucket in enumerate(self._buckets):
             for parameter in bucket:
-                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._arrived(number))
+                parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._count(number))
         self.active = False
 
     def start(self) -> None:
-        """Expect the gradients to be complete after the next backward pass."""
+        """Average during the next backward pass, after which the gradients are complete."""
         if not self._flat:
             self._flat = [bucket[0].new_empty(sum(p.numel() for p in bucket)).detach() for bucket in self._buckets]
             self._views = [_views(flat, bucket) for flat, bucket in zip(self._flat, self._buckets, strict=True)]
@@ -53,8 +51,8 @@ class GradientAverage:
         self.active = True
 
     def finish(self) -> None:
-        """Send what is left after that pass, and wait for the means."""
-        while len(self._sent) < len(self._buckets):  # a parameter without a gradient holds its bucket back
+        """Send the remaining buckets after that pass, and wait for the means."""
+        while len(self._sent) < len(self._buckets):  # a bucket with an unused parameter is never complete
             self._send(len(self._sent))
         for number, work in enumerate(self._sent):
             work.wait()
@@ -62,7 +60,8 @@ class GradientAverage:
         self._sent = []
         self.active = False
 
-    def _arrived(self, number: int) -> None:
+    def _count(self, number: int) -> None:
+        """Account for a gradient of a bucket, and send the buckets that are complete, in their order."""
         if not self.active:
             return
         self._missing[number] -= 1
@@ -74,11 +73,11 @@ class GradientAverage:
 
 
 def _views(flat: Tensor, bucket: list[nn.Parameter]) -> list[Tensor]:
-    """Parts of `flat` with the shapes and strides of the parameters, so that nothing is reordered in adding to them."""
+    """Return views of `flat` with the parameters' shapes and strides, so that autograd adds without reordering."""
     views, offset = [], 0
     for parameter in bucket:
         views.append(flat.as_strided(parameter.size(), parameter.stride(), offset))
-        offset += parameter.numel()  # of dense tensors: their strides leave no gaps
+        offset += parameter.numel()  # parameters are dense: their strides leave no gaps
     return views
 
 

@@ -1,4 +1,4 @@
-"""Several processes from one command, by torch's elastic launcher: one per GPU of the config."""
+"""Launching of one process per GPU of the config from a single command, by torch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MAX_RESTARTS = 3
 def launch(script: str, arguments: Sequence[str], num_process: int, again: Sequence[str] = ()) -> int:
     """Run a script in `num_process` processes of this machine and return the exit status.
 
-    Where one is killed, or stalls, all are stopped and restarted, with the arguments `again` too, up to MAX_RESTARTS
-    times. An error that the script reports itself ends them all.
+    If one is killed or stalls, all are stopped and restarted with the additional arguments `again`, up to MAX_RESTARTS
+    times. An error that the script itself reports is final.
     """
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to end a step and write a checkpoint
-    # processes share the cores: OpenMP would give each of them all
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds to finish a step and write a checkpoint
+    # processes share the cores, where OpenMP would give all of them to each process
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // num_process)))
     for name in [name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")]:
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a failure is a page long
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # its report of a failure is too long
     for attempt in range(MAX_RESTARTS + 1):
         added = [argument for argument in again if attempt and argument not in arguments]
         config = LaunchConfig(
@@ -53,16 +53,15 @@ def launch(script: str, arguments: Sequence[str], num_process: int, again: Seque
             return reported[0]
         # the launcher itself ends the others with SIGTERM
         first = {rank: code for rank, code in status.items() if code != -signal.SIGTERM} or status
-        what = ", ".join(f"rank {rank} {_ending(code)}" for rank, code in sorted(first.items()))
-        then = "starting all again" + " from the newest checkpoint" * bool(again)
-        print(f"{what}; {then if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
+        causes = [
+            f"rank {rank} was killed by signal {-code}" if code < 0 else f"rank {rank} lost the other processes"
+            for rank, code in sorted(first.items())
+        ]
+        restart = "restarting all from the newest checkpoint" if again else "restarting all"
+        print(f"{', '.join(causes)}; {restart if attempt < MAX_RESTARTS else 'giving up'}", file=sys.stderr)
     return 1
 
 
 def torchrun(machines: int, num_process: int) -> str:
     """Return the command that starts `num_process` processes on each of several machines."""
     return f"torchrun --nnodes {machines} --nproc-per-node {num_process} --rdzv-backend c10d --rdzv-endpoint HOST"
-
-
-def _ending(status: int) -> str:
-    return f"was killed by signal {-status}" if status < 0 else "lost the other processes"

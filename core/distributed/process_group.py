@@ -1,4 +1,4 @@
-"""The processes that train together: a thin layer over torch.distributed for what a run asks of the others.
+"""The process group: a thin layer over torch.distributed with the collectives that a run needs.
 
 A single process has no group: every collective returns at once.
 """
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT_VARIABLE = "NECKLACE_TIMEOUT"
-RETRY = 75  # the exit status (EX_TEMPFAIL) of a process that lost the others, or waited for them in vain
+RETRY = 75  # the exit status (EX_TEMPFAIL) of a process that lost the others, or timed out waiting for them
 
 
 class LostProcessError(RuntimeError):
@@ -38,7 +38,7 @@ class ProcessGroup:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this process writes the files and the log."""
+        """True for the rank that writes the files and the log."""
         return self.rank == 0
 
     def set_status(self, status: str) -> None:
@@ -117,8 +117,8 @@ SINGLE_PROCESS = ProcessGroup()
 def join(device: torch.device) -> Iterator[ProcessGroup]:
     """Join the process group that a launcher's environment variables describe, for the length of the context.
 
-    A process that does not answer within NECKLACE_TIMEOUT seconds (600) is given up by the others: communication that
-    fails inside raises LostProcessError with the status of every rank.
+    A process that does not answer within NECKLACE_TIMEOUT seconds (600) counts as lost: communication that fails
+    inside raises LostProcessError with the status of every rank.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -143,13 +143,13 @@ def join(device: torch.device) -> Iterator[ProcessGroup]:
         if not _is_of_communication(error):
             raise
         raise LostProcessError(f"rank {group.rank}: {error}\n" + "\n".join(group.statuses())) from error
-    # Not after an error: destroying the group may wait for the others, and the process ends anyway.
+    # not after an error: destroying the group may wait for the others, and the process exits anyway
     _groups.clear()
     dist.destroy_process_group()
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """Whether another process caused it. gloo's errors have no type of their own."""
+    """Return True if another process caused the error. gloo's errors have no type of their own."""
     return isinstance(error, dist.DistError) or re.search(r"gloo|nccl|process ?group", str(error), re.I) is not None
 
 

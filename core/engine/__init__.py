@@ -1,4 +1,4 @@
-"""The engine torch: a training step, its precision, optimizer and schedule, its device and memory.
+"""The engine torch: a training step with its precision, optimizer, learning rate, device and memory.
 
 Nothing here reads images, writes files or decides when a run stops.
 """

@@ -1,4 +1,4 @@
-"""The device that a run computes on, and its memory."""
+"""Choice of the device, transfers to it, and its peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
-    """The device of a process: of KvstoreParam.gpus that of its number on this machine; the CPU where there are none.
+    """Return the device of a process: entry `local_rank` of KvstoreParam.gpus, or the CPU if that is empty.
 
     Raises ValueError for GPUs that this machine does not have.
     """
@@ -26,27 +26,27 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
     if local_rank >= len(gpus):
         raise ValueError(
             f"process {local_rank} of this machine has no GPU: the config names {','.join(map(str, gpus))}; start one "
-            "process for each, or name more with --gpus"
+            "process per GPU, or name more with --gpus"
         )
-    lacking = _lacking(gpus)
-    if lacking is not None:
-        problem, remedy = lacking
+    missing = _missing_gpus(gpus)
+    if missing is not None:
+        problem, remedy = missing
         raise ValueError(f"{problem}: add {remedy}")
     return torch.device("cuda", gpus[local_rank])
 
 
 def require_gpus(config: Config) -> None:
-    """Raises ValueError for a training on GPUs that this machine does not have: what to run instead, and what becomes
-    of the images per update and of the learning rate."""
+    """Raise ValueError for a training on GPUs that this machine does not have; the message says what to run instead,
+    with its global batch size and learning rate."""
     kvstore, optimize = config.KvstoreParam, config.OptimizeParam
-    lacking = _lacking(kvstore.gpus)
-    if lacking is None:
+    missing = _missing_gpus(kvstore.gpus)
+    if missing is None:
         return
-    problem, remedy = lacking
+    problem, remedy = missing
     step_image = config.General.batch_image * max(1, torch.cuda.device_count()) * kvstore.machines * optimize.accumulate
     by_rule = optimize.optimizer.lr_per_image * step_image
     message = (
-        f"{problem}. Add {remedy}: an update is of {step_image} images then, for which the linear rule gives the "
+        f"{problem}. Add {remedy}: the global batch size is then {step_image}, for which the linear rule gives the "
         f"learning rate {by_rule:g}"
     )
     if optimize.optimizer.lr != optimize.optimizer.lr_per_image * optimize.step_image:
@@ -54,14 +54,14 @@ def require_gpus(config: Config) -> None:
     if optimize.step_image > step_image and optimize.step_image % step_image == 0:
         accumulate = optimize.accumulate * optimize.step_image // step_image
         message += (
-            f". Or add {remedy} --set OptimizeParam.accumulate={accumulate}: updates of {optimize.step_image} "
-            f"images at the learning rate {optimize.optimizer.lr:g}, as the config has them, one after another"
+            f". Or add {remedy} --set OptimizeParam.accumulate={accumulate}: the config's global batch size of "
+            f"{optimize.step_image} and learning rate of {optimize.optimizer.lr:g}, by accumulating gradients"
         )
     raise ValueError(message)
 
 
-def _lacking(gpus: Sequence[int]) -> tuple[str, str] | None:
-    """What is wrong with GPUs that this machine does not have, and the option that mends it."""
+def _missing_gpus(gpus: Sequence[int]) -> tuple[str, str] | None:
+    """Return the problem and the option that solves it, if this machine does not have all of the GPUs."""
     available = torch.cuda.device_count()
     if not gpus or max(gpus) < available:
         return None
@@ -72,8 +72,8 @@ def _lacking(gpus: Sequence[int]) -> tuple[str, str] | None:
     )
 
 
-def usable(gpus: Sequence[int]) -> tuple[int, ...]:
-    """Those of the config's GPUs that this machine has."""
+def available_gpus(gpus: Sequence[int]) -> tuple[int, ...]:
+    """Return those of the config's GPUs that this machine has."""
     return tuple(gpu for gpu in gpus if gpu < torch.cuda.device_count())
 
 
@@ -83,8 +83,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return cast(Batch, moved)
 
 
-def place(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module on the device, its convolution weights channels-last: convolutions of both devices are fastest so."""
+def move_module(module: nn.Module, device: torch.device) -> nn.Module:
+    """Move a module to the device, with convolution weights in channels_last, the fastest format on CPU and GPU."""
     module.to(device)
     for parameter in module.parameters():
         if parameter.ndim == 4:
@@ -93,7 +93,7 @@ def place(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in use so far, in bytes: the GPU's, or on the CPU this process's."""
+    """Return the peak memory so far, in bytes: the GPU's, or on the CPU this process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

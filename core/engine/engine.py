@@ -14,8 +14,8 @@ from torch import Tensor
 import symbol as S
 from core.distributed.launch import torchrun
 from core.distributed.process_group import ProcessGroup, launched_size
-from core.engine.device import place, require_gpus, select_device, usable
-from core.engine.out_of_memory import explained_memory
+from core.engine.device import available_gpus, move_module, require_gpus, select_device
+from core.engine.out_of_memory import explain_out_of_memory
 from core.engine.precision import configure_arithmetic, precision
 from core.engine.trainer import Trainer, build_trainer
 from core.weights.checkpoint import Checkpoint, require_fit
@@ -34,7 +34,7 @@ class TorchEngine:
         if is_train:
             return kvstore.num_device
         # a machine with fewer GPUs than the config names may test too
-        return len(usable(kvstore.gpus)) if kvstore.gpus else kvstore.processes
+        return len(available_gpus(kvstore.gpus)) if kvstore.gpus else kvstore.processes
 
     def require_processes(self, config: Config) -> None:
         kvstore, launched = config.KvstoreParam, launched_size() or 1
@@ -54,22 +54,23 @@ class TorchEngine:
         gpus = config.KvstoreParam.gpus
         if is_train:
             require_gpus(config)
-        return select_device(gpus if is_train else usable(gpus) or gpus, int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = gpus if is_train else available_gpus(gpus) or gpus
+        return select_device(chosen, int(os.environ.get("LOCAL_RANK", "0")))
 
     @contextmanager
     def build(
         self, config: Config, device: torch.device, iter_per_epoch: int, start: Checkpoint | None, group: ProcessGroup
     ) -> Iterator[tuple[Trainer, list[str]]]:
-        with explained_memory(config, device, "the start"):
+        with explain_out_of_memory(config, device, "the start"):
             built = build_trainer(config, device, iter_per_epoch, start, group)
         yield built
 
     def build_detector(
         self, config: Config, weights: Mapping[str, Tensor], device: torch.device, source: str | Path
     ) -> tuple[Callable[..., Sequence[Tensor]], list[str]]:
-        computed_in, _ = precision(config.General, device)
-        module = S.lower(in_precision(config.ModelParam.test_symbol, computed_in))
+        compute_dtype, _ = precision(config.General, device)
+        module = S.lower(in_precision(config.ModelParam.test_symbol, compute_dtype))
         require_fit(shapes_of(module), weights, source)
         module.load_state_dict(weights)
-        configure_arithmetic(config.General, computed_in, device)
-        return place(module, device).eval(), []
+        configure_arithmetic(config.General, compute_dtype, device)
+        return move_module(module, device).eval(), []

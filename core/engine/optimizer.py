@@ -11,10 +11,10 @@ from torch import Tensor
 def multipliers(
     attr_dict: Mapping[str, Mapping[str, str]], names: Iterable[str]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """(lr_mult, wd_mult) of every parameter.
+    """Return (lr_mult, wd_mult) of every parameter.
 
-    Weight decay applies to names that end in _weight or _gamma; `__lr_mult__` and `__wd_mult__` of the
-    variable say otherwise (MXNet's `Optimizer.set_wd_mult`).
+    Weight decay applies to names that end in _weight or _gamma, unless `__lr_mult__` or `__wd_mult__` of the
+    variable are set (MXNet's `Optimizer.set_wd_mult`).
 
     Args:
         attr_dict: attributes by variable name, as `Symbol.attr_dict()` gives them.
@@ -43,7 +43,7 @@ def _number(name: str, attributes: Mapping[str, str], key: str, default: float) 
 
 
 def require_state(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless `state` has the momentum of exactly the trained parameters, given by name and shape."""
+    """Raise ValueError unless `state` holds momentum for exactly the trained parameters, given by name and shape."""
     wrong = sorted(shapes.keys() ^ state.keys())
     wrong += [name for name, shape in shapes.items() if name in state and tuple(state[name].shape) != shape]
     if wrong:
@@ -55,17 +55,18 @@ def require_state(shapes: Mapping[str, tuple[int, ...]], state: Mapping[str, Ten
 
 
 class SGD:
-    """mom = momentum * mom - lr * (clip(grad) + wd * weight);  weight += mom.
+    """SGD by MXNet's formula, with the learning rate inside the momentum: in torch.optim.SGD, which multiplies it
+    afterwards, a drop of the rate also shrinks the updates accumulated in the momentum.
 
-    The learning rate is inside the momentum, so a step down of the schedule does not shrink the updates that
-    are already under way (in torch.optim.SGD it does). A parameter without a gradient counts as one whose
-    gradient is zero: it still decays.
+        mom = momentum * mom - lr * (clip(grad) + wd * weight);  weight += mom
+
+    A parameter without a gradient is treated as one with gradient zero: it still decays.
 
     Args:
         named_parameters: the parameters that are trained; they are updated in place.
         lr_mult, wd_mult: factors on lr and wd by parameter name, from `multipliers`.
-        clip_gradient: every gradient element is clipped to [-clip_gradient, clip_gradient] before the decay
-            is added.
+        clip_gradient: gradients are clipped elementwise to [-clip_gradient, clip_gradient] before the decay is
+            added.
     """
 
     def __init__(
@@ -83,14 +84,14 @@ class SGD:
         self.clip_gradient = clip_gradient
         self._parameters = dict(named_parameters)
         self._momentum_buffers = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
-        # names with equal multipliers are updated together, by a handful of fused operations
+        # parameters with equal multipliers are updated together, by a few fused operations
         self._groups: dict[tuple[float, float], list[str]] = {}
         for name in self._parameters:
             self._groups.setdefault((lr_mult[name], wd_mult[name]), []).append(name)
 
     @torch.no_grad()
     def step(self, lr: float, found_inf: Tensor | None = None) -> None:
-        """Update every parameter once from its `.grad`, which is left as it is.
+        """Update every parameter once from its `.grad`, which is not modified.
 
         found_inf: a bool () on the parameters' device; where it is True, parameters and momentum keep their values.
         The host does not read it.
@@ -114,19 +115,19 @@ class SGD:
             torch._foreach_add_(weights, torch._foreach_mul(buffers, torch.where(found_inf, 0.0, 1.0)))
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to None."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The momentum of every parameter, under the parameter's name."""
+        """Return the momentum of every parameter, by the parameter's name."""
         return dict(self._momentum_buffers)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over the momentum of a checkpoint.
+        """Load the momentum of a checkpoint.
 
         Raises:
-            ValueError: parameters are missing, unknown or of another shape; nothing was loaded.
+            ValueError: parameters are missing, unknown or of another shape; nothing is loaded.
         """
         require_state({name: tuple(m.shape) for name, m in self._momentum_buffers.items()}, state)
         for name, buffer in self._momentum_buffers.items():

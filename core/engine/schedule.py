@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LrSchedule:
-    """The learning rate of a whole run.
+    """Learning rate of a whole run.
 
     Raises:
         ValueError: no steps, or phases out of order: the warm-up, then the milestones, then the end.
@@ -43,9 +43,9 @@ class LrSchedule:
             )
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of update number `step`.
+        """Return the learning rate of update number `step`.
 
-        The warm-up is a straight line from `warmup_lr_factor * lr` at step 0 to `lr` (Goyal et al. 2017,
+        The warm-up is linear from `warmup_lr_factor * lr` at step 0 to `lr` (Goyal et al. 2017,
         "Accurate, Large Minibatch SGD", section 2.2).
         """
         warmup_step = self._step_of(self.warmup_epoch)
@@ -55,15 +55,15 @@ class LrSchedule:
         return self.lr * self.lr_factor**reached
 
     def describe(self) -> list[str]:
-        """The phases, one readable line each: epochs, steps and learning rate."""
+        """Return a line per phase for the log: epochs, steps and learning rate."""
         borders = sorted({0.0, float(self.warmup_epoch), *map(float, self.lr_epoch), float(self.end_epoch)})
         lines = []
-        for begin, end in pairwise(borders):
-            first, last = self._step_of(begin), self._step_of(end)
+        for start, end in pairwise(borders):
+            first, last = self._step_of(start), self._step_of(end)
             rate = f"{self.lr_at(first):.6g}"
-            if begin < self.warmup_epoch:
+            if start < self.warmup_epoch:
                 rate += f" to {self.lr:.6g} (warm-up)"
-            span = f"epoch {begin:g} to {end:g}, steps {first} to {last} ({last - first} iterations)"
+            span = f"epoch {start:g} to {end:g}, steps {first} to {last} ({last - first} iterations)"
             lines.append(f"{span}: lr {rate}")
         return lines
 
@@ -72,7 +72,7 @@ class LrSchedule:
 
 
 def build_schedule(config: Config, iter_per_epoch: int) -> LrSchedule:
-    """The config's learning rate in steps."""
+    """Return the config's learning-rate schedule in steps."""
     optimize = config.OptimizeParam
     assert optimize.optimizer.lr is not None
     return LrSchedule(

@@ -1,7 +1,7 @@
-"""The memory of a training step, and what is computed again so that it fits (memonger).
+"""Memory of a training step, and the plan of recomputation (activation checkpointing) that reduces it (memonger).
 
-Counted are weights, gradients, momentum and the activations that stay for the backward pass. On top come workspaces of
-convolutions, gradients of activations on their way, the batch and the outputs that are watched.
+Weights, gradients, momentum and the activations saved for the backward pass are counted; workspaces of convolutions,
+gradients of activations, the batch and the outputs of metrics are not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step of `batch_image` images holds on a device."""
+    """Memory that a step of `batch_image` images holds on a device."""
 
     batch_image: int
     num_parameter: int
@@ -38,21 +38,21 @@ class StepMemory:
         return self.parameter_bytes + (self.plan.peak_bytes if self.plan is not None else self.counted.kept_bytes)
 
     def lines(self) -> list[str]:
-        """By kind, and with a plan the effect of it."""
+        """Return the memory by kind, and the effect of the plan if there is one, as lines to print."""
         kept = self.counted.kept_bytes
-        each = f"{4 * self.num_parameter / MIB:,.0f} MiB"
-        lines = [f"weights: {each}", f"gradients: {each}", f"momentum: {each}"]
+        size = f"{4 * self.num_parameter / MIB:,.0f} MiB"
+        lines = [f"weights: {size}", f"gradients: {size}", f"momentum: {size}"]
         lines.append(f"activations of {self.batch_image} images: {kept / MIB:,.0f} MiB")
-        lines.append(f"in all about {(self.parameter_bytes + kept) / MIB:,.0f} MiB")
+        lines.append(f"in total about {(self.parameter_bytes + kept) / MIB:,.0f} MiB")
         if self.plan is not None:
-            lines += [self.plan.describe(), f"with memonger in all about {self.total_bytes / MIB:,.0f} MiB"]
+            lines += [self.plan.describe(), f"with memonger in total about {self.total_bytes / MIB:,.0f} MiB"]
         return lines
 
 
 def step_memory(symbol: Symbol, model_param: ModelParam, batch_image: int, short: int, long: int) -> StepMemory:
-    """Count a train graph, as it is lowered, for images (3, short, long); with a plan where ModelParam.memonger is set.
+    """Count the memory of a train graph, as lowered, for images (3, short, long); ModelParam.memonger adds a plan.
 
-    Raises ValueError for a memonger_until that is no operator, and for a memonger_budget that no plan meets.
+    Raises ValueError for a memonger_until that names no operator, and for a memonger_budget that no plan meets.
     """
     shape = (batch_image, 3, short, long)
     fixed = () if model_param.from_scratch else tuple(model_param.pretrain.fixed_param)
@@ -67,9 +67,9 @@ def step_memory(symbol: Symbol, model_param: ModelParam, batch_image: int, short
 
 
 def plan_recompute(symbol: Symbol, model_param: ModelParam, batch_image: int, short: int, long: int) -> Plan | None:
-    """The plan for `symbol.lower(symbol, recompute=plan.segments)`; None where ModelParam.memonger is not set.
+    """Return the plan for `symbol.lower(symbol, recompute=plan.segments)`; None unless ModelParam.memonger is set.
 
-    Errors are those of `step_memory`.
+    Raises as `step_memory` does.
     """
     return step_memory(symbol, model_param, batch_image, short, long).plan if model_param.memonger else None
 
@@ -84,8 +84,8 @@ def _plan(memory: StepMemory, until: str | None, budget: float | None) -> Plan:
         prefix = f" up to {until}" if until else ""
         # rounded up, so that the number fits when it is written into the config
         raise ValueError(
-            f"ModelParam.memonger_budget: expected at least {math.ceil(100 * least / GIB) / 100:.2f} GiB, what "
-            f"a step of {memory.batch_image} images holds at least, when it computes again{prefix}; got {budget:g}: "
+            f"ModelParam.memonger_budget: expected at least {math.ceil(100 * least / GIB) / 100:.2f} GiB, the least "
+            f"that a step of {memory.batch_image} images holds with recomputation{prefix}; got {budget:g}: "
             "raise it, or lower General.batch_image or the input size"
         )
     return plan

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import symbol as S
 from core.distributed.gradient_average import GradientAverage
 from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
-from core.engine.device import place
+from core.engine.device import move_module
 from core.engine.moving_statistics import MovingStatistics
 from core.engine.optimizer import SGD, multipliers
 from core.engine.precision import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trainer:
-    """The network on its device, with all that a step needs."""
+    """The network on its device with its optimizer and schedule; implements core.protocol.Trainer."""
 
     config: Config
     device: torch.device
@@ -47,16 +47,16 @@ class Trainer:
     schedule: LrSchedule
     metrics: list[tuple[Any, slice]]  # each with the span of its outputs among the module's
     group: ProcessGroup = SINGLE_PROCESS
-    average: GradientAverage | None = None  # of several processes
-    scale: LossScale | None = None  # in float16
-    computed_in: Precision = "float32"
-    plan: Plan | None = None  # of what is recomputed
+    average: GradientAverage | None = None  # None: a single process
+    scale: LossScale | None = None  # None: not in float16
+    compute_dtype: Precision = "float32"
+    plan: Plan | None = None  # None: nothing is recomputed
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
-        """Make one update from OptimizeParam.accumulate batches: as many processes with one batch each make the same.
+        """Make one update from OptimizeParam.accumulate batches; as many processes with one batch each make the same.
 
         All results stay on the device and the host does not wait for it. A step whose gradients are not finite under
-        the loss scale leaves weights, momentum and statistics as they were.
+        the loss scale does not change weights, momentum and statistics.
         """
         transform_batches(self.config, batches)
         accumulates = len(batches) > 1
@@ -64,7 +64,7 @@ class Trainer:
             self._read_statistics, self._write_statistics, keep=accumulates or self.scale is not None
         )
 
-        # forward and backward, batch after batch; the gradients add up
+        # forward and backward, batch after batch; autograd adds up the gradients
         self.optimizer.zero_grad()
         losses = []
         for i, batch in enumerate(batches):
@@ -104,7 +104,7 @@ class Trainer:
         return StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), found_inf)
 
     def _forward_backward(self, batch: Batch) -> Tensor:
-        """Return the losses (L,) of a batch; its gradients, times the loss scale, are added to those of others."""
+        """Return the losses (L,) of a batch; its gradients, times the loss scale, are added to `.grad`."""
         num_loss = len(self.config.ModelParam.train_symbol)
         outputs = self.module(**select(batch, self.config.data_name + self.config.label_name))
         losses = torch.stack([loss.reshape(()) for loss in outputs[:num_loss]])  # (L,)
@@ -115,7 +115,7 @@ class Trainer:
         return losses.detach()
 
     def _read_statistics(self) -> list[Tensor]:
-        """Return all moving statistics as one tensor: there are hundreds of small ones."""
+        """Return a copy of all moving statistics as one tensor, since there are hundreds of small ones."""
         return [torch.cat([buffer.reshape(-1) for buffer in self.module.buffers()])]
 
     def _write_statistics(self, flat: Sequence[Tensor]) -> None:
@@ -143,7 +143,7 @@ def transform_batches(config: Config, batches: Sequence[Batch]) -> None:
 
 
 def metric_spans(config: Config) -> list[tuple[Any, slice]]:
-    """Return each metric with the span of its outputs, which follow those of the train graph."""
+    """Return the metrics, each with the span of its outputs, which follow those of the train graph."""
     spans, position = [], len(config.ModelParam.train_symbol)
     for metric in config.metric_list:
         spans.append((metric, slice(position, position + len(metric.output_names))))
@@ -152,7 +152,7 @@ def metric_spans(config: Config) -> list[tuple[Any, slice]]:
 
 
 def is_trained(config: Config, name: str) -> bool:
-    """Whether a parameter is trained: ModelParam.pretrain.fixed_param names the beginnings of those that are not."""
+    """Return True if a parameter is trained: its name has no prefix of ModelParam.pretrain.fixed_param."""
     fixed = () if config.ModelParam.from_scratch else tuple(config.ModelParam.pretrain.fixed_param)
     return not name.startswith(fixed)
 
@@ -164,19 +164,19 @@ def build_trainer(
     start: Checkpoint | None,
     group: ProcessGroup = SINGLE_PROCESS,
 ) -> tuple[Trainer, list[str]]:
-    """Build the network with its first weights, the optimizer and the schedule. Returns lines for the log too."""
+    """Build the network with its first weights, the optimizer and the schedule. Also returns lines for the log."""
     graph, optimizer_param = config.ModelParam.train_symbol, config.OptimizeParam.optimizer
     internals = graph.get_internals()
     watched = [internals[name] for metric in config.metric_list for name in metric.output_names]
-    computed_in, _ = precision(config.General, device)
-    computed = in_precision(S.Group([graph, *watched]), computed_in)
+    compute_dtype, _ = precision(config.General, device)
+    computed = in_precision(S.Group([graph, *watched]), compute_dtype)
     resize = config.ResizeParam
     plan = plan_recompute(computed, config.ModelParam, config.General.batch_image, resize.short, resize.long)
     module = S.lower(computed, seed=config.General.seed, recompute=plan.segments if plan else ())
     tensors, notes = first_weights(shapes_of(module), config, start)
     module.load_state_dict(tensors, strict=False)
-    configure_arithmetic(config.General, computed_in, device)
-    place(module, device).train()
+    configure_arithmetic(config.General, compute_dtype, device)
+    move_module(module, device).train()
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(is_trained(config, name))
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -187,16 +187,16 @@ def build_trainer(
         wd=optimizer_param.wd,
         clip_gradient=optimizer_param.clip_gradient,
     )
-    scale = LossScale(device) if computed_in == "float16" else None
+    scale = LossScale(device) if compute_dtype == "float16" else None
     if start is not None:
         state = read_tensors(start.state)
         scale_state = {name: state.pop(name) for name in [LOSS_SCALE] if name in state}
         optimizer.load_state_dict(state)
-        if scale is not None:  # the checkpoint may be of a run in another precision
+        if scale is not None:  # the state has none if the run computed in another precision before
             scale.load_state_dict(scale_state)
     schedule = build_schedule(config, iter_per_epoch)
     average = GradientAverage(module.parameters(), group) if group.world_size > 1 else None
     metrics = metric_spans(config)
     return Trainer(
-        config, device, module, optimizer, schedule, metrics, group, average, scale, computed_in, plan
+        config, device, module, optimizer, schedule, metrics, group, average, scale, compute_dtype, plan
     ), notes

@@ -1,4 +1,4 @@
-"""The engine MXNet 1.9.1: a training step and a test by its executor, its SGD and its kvstore.
+"""The engine MXNet 1.9.1: a training step and a test by MXNet's executor, SGD and kvstore.
 
-Nothing here is imported unless a run asks for that engine.
+Nothing here is imported unless that engine is chosen.
 """

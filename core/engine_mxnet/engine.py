@@ -1,6 +1,6 @@
 """The engine MXNet 1.9.1: one process per machine, for all of its devices.
 
-On CPUs this was tried with MXNet 1.9.1; on GPUs, with a CUDA build of MXNet, it was not.
+It is tested on CPUs with MXNet 1.9.1; on GPUs, with a CUDA build of MXNet, it is not.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MxnetEngine:
                 "the engine mxnet tests in one process, on one device: start detection_test.py without a launcher, or "
                 "use the engine torch"
             )
-        return torch.device("cpu")  # MXNet takes batches from there
+        return torch.device("cpu")  # MXNet copies batches from there
 
     @contextmanager
     def build(
@@ -81,7 +81,7 @@ class MxnetDetector:
         self._executors: dict[tuple[int, ...], Any] = {}  # by the shape of the images
 
     def describe(self) -> str:
-        """Return how it computes, as a line to print."""
+        """Return the back end and device, as a line to print."""
         return f"engine: MXNet {load_mxnet().__version__} on {self._context}, in float32"
 
     def __call__(self, **inputs: Tensor) -> list[Tensor]:

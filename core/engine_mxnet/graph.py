@@ -1,4 +1,4 @@
-"""Graphs on MXNet's own executor: what the MXNet engine and its checks share. Needs MXNet 1.9 when called."""
+"""Graphs on MXNet's executor, for the MXNet engine and its tests. Needs MXNet 1.9 when called."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def load_symbol(graph: Symbol) -> Any:
-    """The graph as mx.sym.Symbol, with our operators as MXNet's."""
+    """Return the graph as mx.sym.Symbol, with our operators loaded into MXNet."""
     return load_mxnet().sym.load_json(graph.tojson())
 
 
 def with_loss_heads(graph: Symbol) -> Symbol:
-    """The graph with a MakeLoss over every focal loss at its head.
+    """Return the graph with a MakeLoss on every focal loss among its outputs.
 
-    MXNet asks for a head gradient of every output but those of its own losses, which do not include operators of a
-    library. MakeLoss is one; its value is that of its input, and the focal loss does not look at the gradient.
+    MXNet requires a head gradient for every output except those of its own losses, which operators of a library are
+    not. MakeLoss is one; its value is that of its input, and the focal loss ignores its head gradient.
     """
     heads = [
         S.MakeLoss(head, name=f"{head.name}_head") if head.entries[0][0].op == "_contrib_FocalLoss" else head
@@ -35,16 +35,16 @@ def with_loss_heads(graph: Symbol) -> Symbol:
     return S.Group(heads)
 
 
-class RateOfStep:
-    """A schedule as MXNet's optimizer asks for it: by the number of its updates, from 1 on, where no `step` is set.
+class MxnetLrScheduler:
+    """A schedule as MXNet's LRScheduler: the rate of `step`, or if that is None of the optimizer's number of updates.
 
-    After a resume the two may differ: another number of images a step counts steps anew.
+    Updates count from 1. After a resume the two may differ, as step numbers change with the global batch size.
     """
 
     def __init__(self, schedule: LrSchedule) -> None:
         self.schedule = schedule
         self.step: int | None = None
-        self.base_lr = schedule.lr  # the optimizer sets it
+        self.base_lr = schedule.lr  # written by the optimizer
 
     def __call__(self, num_update: int) -> float:
         return self.schedule.lr_at(num_update - 1 if self.step is None else self.step)
@@ -62,12 +62,12 @@ def bind_module(
     watched: Sequence[str] = (),
     grad_req: str = "write",
 ) -> Any:
-    """A mx.mod.Module, bound to one device (by default the CPU), with the weights and statistics of `state`, by name.
+    """Return a mx.mod.Module, bound to one device (by default the CPU), with the weights and statistics of `state`.
 
-    shapes: of all of the graph's inputs; `data` first, the others in the graph's order become its labels.
+    shapes: those of all of the graph's inputs; all but `data` become labels, in the graph's order.
     fixed: names of parameters that are not trained. dtypes: of inputs that are not float32. watched: names of internal
-    outputs that become outputs behind those of the graph; no gradient passes them. grad_req: write, or add where the
-    gradients of several backward passes are to be added up.
+    outputs that are appended to the graph's; no gradient passes through them. grad_req: write, or add to accumulate the
+    gradients of several backward passes.
     """
     mx = load_mxnet()
     labels = [name for name in graph.list_inputs() if name != "data"]
@@ -94,29 +94,29 @@ def bind_module(
 
 
 def gradients_of(module: Any) -> dict[str, Any]:
-    """The gradients of the module's backward pass: mx.nd.NDArray by parameter name."""
+    """Return the gradients of the module's backward pass: mx.nd.NDArray by parameter name."""
     (executor,) = module._exec_group.execs
     return {name: executor.grad_dict[name] for name in module._param_names if executor.grad_dict[name] is not None}
 
 
 def statistics_of(module: Any) -> dict[str, Any]:
-    """BatchNorm's moving statistics, mx.nd.NDArray by name. BatchNorm's backward pass moves them, and MXNet does not
-    know that reading them has to wait for it: everything is waited for."""
+    """Return BatchNorm's moving statistics, mx.nd.NDArray by name. BatchNorm's backward pass updates them without a
+    dependency that MXNet knows of, so this waits for all running operators."""
     load_mxnet().nd.waitall()
     (executor,) = module._exec_group.execs
     return dict(executor.aux_dict)
 
 
 def state_of(module: Any) -> dict[str, np.ndarray]:
-    """Weights and statistics by name."""
+    """Return weights and statistics by name."""
     statistics = statistics_of(module)
     return {name: value.asnumpy() for name, value in {**module.get_params()[0], **statistics}.items()}
 
 
 def loss_values(graph: Symbol, module: Any, label: np.ndarray) -> list[float]:
-    """The losses of the last forward pass, as the lowered graph has them.
+    """Return the losses of the last forward pass, equal to those of the lowered graph.
 
-    In MXNet _contrib_BBoxNorm divides a loss's gradient, not its value: that is done here.
+    In MXNet _contrib_BBoxNorm divides the gradient of a loss, but not its value: that is divided here.
     """
     divisor = float((label >= 1).sum() + 1)
     outputs = module.get_outputs()[: len(graph)]

@@ -1,7 +1,7 @@
-"""MXNet's kvstore, which adds arrays up over the devices of a machine and, as dist_sync, over machines.
+"""MXNet's kvstore, which sums arrays over the devices of a machine and, as dist_sync, over machines.
 
-dist_sync wants servers, which hold the sums, and a scheduler, which introduces everybody: the process of every machine
-starts a server, the first one the scheduler too (core.engine_mxnet.server).
+dist_sync needs servers, which hold the sums, and a scheduler, by which all processes find each other: the process of
+each machine starts a server, the main process also the scheduler (core.engine_mxnet.server).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Arrays = Mapping[str, Any]  # of one device: mx.nd.NDArray by name
 
 
 class Kvstore:
-    """Sums of arrays over `num_device` devices of every machine of `group`.
+    """Sums of arrays over `num_device` devices of each machine of `group`.
 
-    kind: local adds up on the CPU, device on the devices, dist_sync does so over all machines' servers.
+    kind: local sums on the CPU, device on the devices, dist_sync on the servers of all machines.
     """
 
     def __init__(self, kind: str, num_device: int, group: ProcessGroup) -> None:
@@ -37,45 +37,45 @@ class Kvstore:
         if self.size == 1:
             return
         mx = load_mxnet()
-        # and finds out at once who is lost: MXNet would wait
+        # also detects a lost process at once, where MXNet would wait
         group.require_equal({"number of devices (KvstoreParam)": num_device})
         if group.world_size > 1:
             _start_servers(group, self._held)
         with self._limited():
             self._store = mx.kv.create(kind)
         if group.world_size > 1:
-            # waiting for all at its end would hang where one of them failed
+            # a barrier at exit would hang if another process failed
             mx.base.check_call(mx.base._LIB.MXKVStoreSetBarrierBeforeExit(self._store.handle, 0))
 
-    def add_up(self, devices: Sequence[Arrays]) -> None:
-        """Replace arrays, those of one name on all devices and machines, by their sum.
+    def all_reduce_sum_(self, devices: Sequence[Arrays]) -> None:
+        """Replace the arrays of each name by their sum over all devices and machines.
 
-        Raises LostProcessError where another machine's process has ended.
+        Raises LostProcessError if another machine's process has ended.
         """
         if self._store is None:
             return
         assert len(devices) * self._group.world_size == self.size
-        self._group.any_rank(False)  # finds out at once who is lost
+        self._group.any_rank(False)  # detects a lost process at once
         with self._limited():
             for name, first in devices[0].items():
                 if name not in self._known:
                     self._known.add(name)
                     self._store.init(name, load_mxnet().nd.zeros(first.shape, dtype=first.dtype))
-            for place, name in enumerate(devices[0]):
+            for i, name in enumerate(devices[0]):
                 arrays = [device[name] for device in devices]
-                self._store.push(name, arrays, priority=-place)
-                self._store.pull(name, out=arrays, priority=-place)
+                self._store.push(name, arrays, priority=-i)
+                self._store.pull(name, out=arrays, priority=-i)
             load_mxnet().nd.waitall()
 
     @contextmanager
     def _limited(self) -> Iterator[None]:
-        """Ends the process where what is inside waits longer than NECKLACE_TIMEOUT for other machines: MXNet would wait
-        for ever, and cannot be interrupted."""
+        """Exit from the process if the block waits longer than NECKLACE_TIMEOUT for other machines: MXNet would wait
+        forever, and cannot be interrupted."""
         if self._group.world_size == 1:
             yield
             return
         seconds = timeout().total_seconds()
-        timer = Timer(seconds, _give_up, [self._group.rank, seconds])
+        timer = Timer(seconds, _exit_after_timeout, [self._group.rank, seconds])
         timer.daemon = True
         timer.start()
         try:
@@ -87,7 +87,7 @@ class Kvstore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Ends this machine's server; without an error, when all machines are through with it."""
+        """Stop this machine's server; without an error, after all machines have finished with it."""
         if kind is None:
             self._group.any_rank(False)
         self._store = None
@@ -95,10 +95,15 @@ class Kvstore:
 
 
 def _start_servers(group: ProcessGroup, held: ExitStack) -> None:
-    """The environment by which MXNet finds its kvstore's processes, and those of this machine, until `held` closes."""
-    # as another machine knows the first one, which may take its own name for 127.0.1.1
+    """Set the environment variables by which the kvstore's processes find each other, and start those of this machine.
+
+    They are stopped when `held` closes.
+    """
+    # resolved on another machine, since the first one may resolve its own name to 127.0.1.1
     root = group.broadcast(1, "address of the first machine", socket.gethostbyname(os.environ["MASTER_ADDR"]))
-    port = group.broadcast(0, "port of MXNet's scheduler", str(_free_port()))
+    with socket.socket() as probe:
+        probe.bind(("", 0))  # a free port
+        port = group.broadcast(0, "port of MXNet's scheduler", str(probe.getsockname()[1]))
     os.environ |= {
         "DMLC_PS_ROOT_URI": root,
         "DMLC_PS_ROOT_PORT": port,
@@ -112,12 +117,12 @@ def _start_servers(group: ProcessGroup, held: ExitStack) -> None:
             [sys.executable, "-m", "core.engine_mxnet.server", str(os.getpid())],
             env=os.environ | {"DMLC_ROLE": role},
             cwd=Path(__file__).parents[2],
-            start_new_session=True,  # Ctrl-C is for the training, which still needs them
+            start_new_session=True,  # Ctrl-C is sent to the training, which still needs these processes
         )
-        held.callback(_end, process)
+        held.callback(_stop, process)
 
 
-def _give_up(rank: int, seconds: float) -> None:
+def _exit_after_timeout(rank: int, seconds: float) -> None:
     print(
         f"rank {rank}: MXNet's kvstore waited for {seconds:.0f} s; another machine was lost",
         file=sys.stderr,
@@ -126,7 +131,7 @@ def _give_up(rank: int, seconds: float) -> None:
     os._exit(RETRY)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(5)
@@ -134,16 +139,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def _address_towards(host: str) -> str:
-    """This machine's address on the network that leads to a host."""
+    """Return this machine's address on the network that leads to a host."""
     with socket.socket(type=socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # of a datagram: nothing is sent
+        probe.connect((host, 9))  # a datagram socket: nothing is sent
         address: str = probe.getsockname()[0]
         return address

@@ -1,4 +1,4 @@
-"""Results for people: the log, AP, pictures, and --dry-run.
+"""Output for the user: the log, AP, pictures, and --dry-run.
 
 Nothing here changes a run or its weights.
 """

@@ -1,4 +1,4 @@
-"""Draws ground truth (left) and detections (right) of an image side by side.
+"""Drawing of an image with its ground truth (left) and its detections (right).
 
 H, W: image sides in pixels; G ground-truth boxes; D detections. Boxes are xyxy in image pixels with inclusive
 corners; classes are numbered 1..K in the order of class_names.
@@ -16,37 +16,33 @@ from PIL.ImageFont import FreeTypeFont
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]
 
-MIN_PANEL = 480  # smaller images are enlarged until their longer side has so many pixels
+MIN_PANEL = 480  # smaller images are enlarged to this longer side, in pixels
 PAPER: Colour = (250, 250, 250)
 INK: Colour = (30, 30, 30)
 
 
 def class_colour(index: int) -> Colour:
-    """RGB colour of class `index` (1..): neighbours differ strongly in hue, later rounds in lightness."""
-    hue = (index * 0.618034) % 1.0  # golden ratio: every new hue falls into the widest gap
+    """Return the RGB colour of class `index` (1..). Neighbours differ strongly in hue, distant classes in lightness."""
+    hue = (index * 0.618034) % 1.0  # golden ratio: each hue falls into the widest gap of those before
     red, green, blue = colorsys.hsv_to_rgb(hue, (0.9, 0.55)[index // 8 % 2], (1.0, 0.8)[index // 16 % 2])
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _text_colour(background: Colour) -> Colour:
-    red, green, blue = background
-    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
-
-
-def _meet(a: Rectangle, b: Rectangle) -> bool:
+def _overlap(a: Rectangle, b: Rectangle) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _place_label(box: Rectangle, size: tuple[float, float], area: tuple[int, int], taken: list[Rectangle]) -> Rectangle:
-    """Where a label of `size` goes in `area`: above, below or inside its box, the first free place."""
+    """Return the first free rectangle in `area` for a label of `size`: above, below or inside its box."""
     x1, y1, x2, y2 = box
     width, height = size
     places = []
     for left in (x1, x2 - width):
         for top in (y1 - height, y2, y1, y2 - height):
-            left, top = min(max(left, 0), max(area[0] - width, 0)), min(max(top, 0), max(area[1] - height, 0))
+            left = min(max(left, 0), max(area[0] - width, 0))
+            top = min(max(top, 0), max(area[1] - height, 0))
             places.append((left, top, left + width, top + height))
-    return next((p for p in places if not any(_meet(p, t) for t in taken)), places[0])
+    return next((p for p in places if not any(_overlap(p, t) for t in taken)), places[0])
 
 
 def _draw_panel(
@@ -57,7 +53,7 @@ def _draw_panel(
     labels: list[str],
     font: FreeTypeFont,
 ) -> None:
-    """Draws boxes (n, 4) and labels on the enlarged image; the first box's label chooses its place first."""
+    """Draw boxes (n, 4) and labels on the enlarged image; labels are placed in the order of the boxes."""
     draw = ImageDraw.Draw(image)
     line = max(2, round(max(image.size) / 320))
     limit = np.array(image.size * 2) - 1
@@ -66,21 +62,22 @@ def _draw_panel(
     corners[:, 2:] = np.maximum(corners[:, 2:], corners[:, :2])
     rectangles: list[Rectangle] = [(x1, y1, x2, y2) for x1, y1, x2, y2 in corners.round().tolist()]
     for (x1, y1, x2, y2), index in reversed(list(zip(rectangles, classes.tolist(), strict=True))):
-        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=line + 2)  # seen on any background
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=INK, width=line + 2)  # visible on any background
         draw.rectangle((x1, y1, x2, y2), outline=class_colour(index), width=line)
     places: list[Rectangle] = []
     for rectangle, label in zip(rectangles, labels, strict=True):
         left, top, right, bottom = draw.textbbox((0, 0), label, font=font)
         places.append(_place_label(rectangle, (right - left + 6, bottom - top + 6), image.size, places))
     for place, index, label in reversed(list(zip(places, classes.tolist(), labels, strict=True))):
-        colour = class_colour(index)
+        red, green, blue = colour = class_colour(index)
+        text_colour = INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else (255, 255, 255)
         left, top, _, _ = draw.textbbox((0, 0), label, font=font)
         draw.rectangle(place, fill=colour)
-        draw.text((place[0] + 3 - left, place[1] + 3 - top), label, fill=_text_colour(colour), font=font)
+        draw.text((place[0] + 3 - left, place[1] + 3 - top), label, fill=text_colour, font=font)
 
 
 def _draw_legend(names: dict[int, str], width: int, font: FreeTypeFont) -> Image.Image:
-    """A swatch and a name for every class, in as many lines as `width` asks for."""
+    """Return a legend with a swatch and a name for every class, wrapped to `width`."""
     swatch, gap = round(font.size * 0.8), round(font.size * 0.4)
     line_height = round(font.size * 1.7)
     places: list[tuple[int, int]] = []
@@ -117,7 +114,7 @@ def _check(image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequ
 def draw_detections(
     image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequence[str], *, min_score: float = 0.3
 ) -> np.ndarray:
-    """Draws an image twice: with its ground truth, and with its detections; below, a legend of their classes.
+    """Draw an image twice: with its ground truth, and with its detections; below, a legend of their classes.
 
     image: (H, W, 3) uint8 RGB; gt: (G, 5) x1, y1, x2, y2, class; det: (D, 6) x1, y1, x2, y2, score, class.
     Boxes are xyxy in image pixels with inclusive corners; rows whose class is below 1 are padding. Detections

@@ -1,4 +1,4 @@
-"""What a run will be, without its data: the network by stage, the schedule, the memory of a step."""
+"""Description of a run for --dry-run, without its data: the network by stage, the schedule, the memory of a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from config.image_set import PUBLISHED, ImageSet, resolve
 from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset
-from core.engine.precision import Precision, asked_for, precision
+from core.engine.precision import precision, requested_precision
 from core.engine.schedule import build_schedule
 from core.engine.step_memory import step_memory
 from core.report.network_table import network_table
@@ -21,32 +21,27 @@ if TYPE_CHECKING:
 
 
 def describe_run(config: Config) -> str:
-    """Text for people. Image counts come from the data where it lies on disk, else from what is published of COCO."""
+    """Return the description as text. Image counts are those of the data on disk, or else COCO's published ones."""
     short, long = config.ResizeParam.short, config.ResizeParam.long
     train = network_table(config.ModelParam.train_symbol, data=(1, 3, short, long))
     devices = config.KvstoreParam.num_device
     batch_image = config.General.batch_image
     lines = [f"Network, one image of {short} x {long}", *_indented(train.lines()), ""]
-    computed_in = _precision(config)
-    computed = in_precision(config.ModelParam.train_symbol, computed_in)
+    compute_dtype = requested_precision(config.General)  # of GPUs, which this machine need not have
+    if not config.KvstoreParam.gpus:
+        compute_dtype, _ = precision(config.General, torch.device("cpu"))
+    computed = in_precision(config.ModelParam.train_symbol, compute_dtype)
     memory = step_memory(computed, config.ModelParam, batch_image, short, long)
     lines += [
-        f"Memory of a step on each device ({batch_image} images, activations in {computed_in})",
+        f"Memory per step on each device ({batch_image} images, activations in {compute_dtype})",
         *_indented(memory.lines()),
         "",
     ]
     accumulate, step_image = config.OptimizeParam.accumulate, config.OptimizeParam.step_image
     times = f", {accumulate} times" if accumulate > 1 else ""
-    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {step_image} a step"
+    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {step_image} per step"
     lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, step_image))]
     return "\n".join(lines)
-
-
-def _precision(config: Config) -> Precision:
-    """What the run computes in; its GPUs need not be here."""
-    if not config.KvstoreParam.gpus:
-        return precision(config.General, torch.device("cpu"))[0]
-    return asked_for(config.General)
 
 
 def _indented(lines: list[str]) -> list[str]:
@@ -57,7 +52,11 @@ def _schedule_lines(config: Config, images_per_step: int) -> list[str]:
     counts = [_count_images(config, one) for one in config.DatasetParam.image_set]
     unknown = [f"{name}: iterations unknown ({why})" for name, count, why in counts if count is None]
     if unknown:
-        return [*unknown, *_epochs(config)]
+        schedule, lr = config.OptimizeParam.schedule, config.OptimizeParam.optimizer.lr
+        return [
+            *unknown,
+            f"{schedule.end_epoch} epochs, lr {lr}, times {schedule.lr_factor} after the epochs {schedule.lr_epoch}",
+        ]
     lines = [f"{name}: {count} images with boxes ({source})" for name, count, source in counts]
     samples = sum(count or 0 for _, count, _ in counts) * (2 if config.DatasetParam.flip else 1)
     iter_per_epoch = -(-samples // images_per_step)
@@ -66,12 +65,8 @@ def _schedule_lines(config: Config, images_per_step: int) -> list[str]:
     return lines + build_schedule(config, iter_per_epoch).describe()
 
 
-def _epochs(config: Config) -> list[str]:
-    schedule, lr = config.OptimizeParam.schedule, config.OptimizeParam.optimizer.lr
-    return [f"{schedule.end_epoch} epochs, lr {lr}, times {schedule.lr_factor} after the epochs {schedule.lr_epoch}"]
-
-
 def _count_images(config: Config, image_set: str | ImageSet) -> tuple[str, int | None, str]:
+    """Return the name of an image set, its number of images with boxes (None: unknown), and the source or reason."""
     resolved = resolve(image_set, config.DatasetParam.data_root)
     if Path(resolved.annotation).is_file():
         try:

@@ -1,6 +1,6 @@
-"""COCO's evaluation of detections: files in, the twelve numbers and AP per class out.
+"""COCO's evaluation of detections: its twelve numbers and AP per class from result and annotation files.
 
-pycocotools does the counting; the numbers are its own to the last digit. M detections.
+pycocotools computes the numbers. M detections.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100",
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores between 0 and 1; -1 where the annotations have no box of that size."""
+    """Scores between 0 and 1; -1 if the annotations have no box of that size."""
 
     stats: tuple[float, ...]  # in the order of STAT_NAMES
     class_ap: tuple[tuple[str, float], ...]  # (name, AP) in the order of the category ids; -1: no boxes
-    table: str  # both, for people
+    table: str  # both as text
 
     @property
     def AP(self) -> float:
@@ -43,10 +43,10 @@ class Evaluation:
 def detections_to_coco(
     image_id: int, bbox: np.ndarray, score: np.ndarray, cls: np.ndarray, category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The detections of one image as entries of a COCO result file.
+    """Return the detections of one image as entries of a COCO result file.
 
     Args:
-        bbox: (M, 4) xyxy with inclusive corners, in pixels of the original image; it becomes
+        bbox: (M, 4) xyxy with inclusive corners, in pixels of the original image; it is written as
             x, y, w = x2 - x1 + 1, h = y2 - y1 + 1.
         score: (M,).
         cls: (M,) class numbers 1..K.
@@ -68,10 +68,10 @@ def detections_to_coco(
 
 
 def write_result(path: str | Path, detections: Iterable[dict[str, Any]]) -> None:
-    """Write a COCO result file, whole or not at all, one detection a line.
+    """Write a COCO result file atomically, one detection per line.
 
     Raises:
-        OSError: the file cannot be written; one of that name that was there before is untouched.
+        OSError: the file cannot be written; an existing file of that name is unchanged.
     """
     with atomic_file(path) as handle:
         handle.write(b"[")
@@ -82,26 +82,30 @@ def write_result(path: str | Path, detections: Iterable[dict[str, Any]]) -> None
 
 
 def can_evaluate() -> bool:
-    """Whether pycocotools is installed. Training and testing import it only to compute AP."""
+    """Return True if pycocotools is installed. Training and testing import it only to compute AP."""
     return importlib.util.find_spec("pycocotools") is not None
 
 
 def evaluate(annotation_path: str | Path, result: str | Path | Sequence[dict[str, Any]]) -> Evaluation:
     """Score a result file, or its entries, against annotations.
 
-    Annotations need no more than id, image_id, category_id and bbox: a missing area is w * h, a missing
-    iscrowd is 0. Ids that are missing or 0 are replaced, because pycocotools counts what matches annotation 0
-    as a false detection.
+    Annotations need only id, image_id, category_id and bbox: a missing area is w * h, a missing iscrowd is 0.
+    Ids that are missing or 0 are replaced, because pycocotools counts a match with annotation 0 as a false detection.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or not of COCO's format; the annotations have no
+        FileNotFoundError, ValueError: a file is missing or not in COCO's format; the annotations have no
             boxes; the result is of other images.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     truth = _read_truth(Path(annotation_path))
-    detections = _read_result(result) if isinstance(result, str | Path) else [dict(entry) for entry in result]
+    if isinstance(result, str | Path):
+        detections = _read_json(Path(result))
+        if not isinstance(detections, list):
+            raise ValueError(f"{result} is not a COCO result file: it must be a list of detections")
+    else:
+        detections = [dict(entry) for entry in result]
     _check_result(detections, truth)
     with redirect_stdout(io.StringIO()):
         coco_truth, coco_result = COCO(), COCO()
@@ -129,7 +133,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _read_truth(path: Path) -> dict[str, Any]:
-    """The annotation file, with what pycocotools needs filled in."""
+    """Read the annotation file and add the fields that pycocotools needs."""
     truth = _read_json(path)
     if not isinstance(truth, dict) or not {"images", "categories"} <= truth.keys():
         raise ValueError(f"{path} is not a COCO annotation file: it needs images, annotations and categories")
@@ -149,13 +153,6 @@ def _read_truth(path: Path) -> dict[str, Any]:
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
     return truth
-
-
-def _read_result(path: str | Path) -> list[dict[str, Any]]:
-    detections = _read_json(Path(path))
-    if not isinstance(detections, list):
-        raise ValueError(f"{path} is not a COCO result file: it must be a list of detections")
-    return detections
 
 
 def _check_result(detections: Sequence[dict[str, Any]], truth: dict[str, Any]) -> None:
@@ -183,7 +180,7 @@ def _class_ap(evaluator: COCOeval, truth: COCO) -> tuple[tuple[str, float], ...]
 
 
 def _table(summary: str, class_ap: Sequence[tuple[str, float]], num_detection: int) -> str:
-    """Classes in as many columns as fit a line of text, then COCO's twelve lines."""
+    """Return AP per class in as many columns as fit a line of text, then COCO's twelve lines."""
     width = max(len(name) for name, _ in class_ap)
     cells = [f"{name:<{width}} {'    -' if ap < 0 else f'{100 * ap:5.1f}'}" for name, ap in class_ap]
     columns = max(1, 100 // (width + 9))

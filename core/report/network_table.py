@@ -1,4 +1,4 @@
-"""What a graph costs by stage: parameters and multiply-adds, as a function of its input shapes."""
+"""Parameters and multiply-adds of a graph by stage, for given input shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from symbol import Node, Symbol
 from symbol.ops import Shape, find_op
 from symbol.shape import propagate
 
-# A node belongs to the stage that its name begins with.
+# a node belongs to the stage whose pattern matches the start of its name
 _STAGES = (
     ("backbone", re.compile(r"stage\d+(?=_)")),
     ("neck", re.compile(r"[SCP]\d+(?=_|$)")),
@@ -21,7 +21,7 @@ _KINDS = ("stem", "backbone", "neck", "head", "loss")  # the order of the table
 
 @dataclass
 class Stage:
-    """One row of the table."""
+    """A row of the table."""
 
     name: str
     output: Shape = ()
@@ -31,14 +31,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class NetworkTable:
-    """The stages in graph order and what they sum to."""
+    """The stages in graph order and their totals."""
 
     stages: list[Stage]
     num_parameter: int
     multiply_add: int
 
     def lines(self) -> list[str]:
-        """The table as text."""
+        """Return the table as lines of text."""
         rows = [("stage", "output", "parameters", "multiply-adds")]
         for stage in self.stages:
             if not stage.num_parameter:  # pooling between stages, losses
@@ -65,8 +65,8 @@ def stage_of(node: Node) -> tuple[str, str]:
 
 
 def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
-    """Count a graph at these input shapes. A parameter that several layers share counts once, where it is first used;
-    a multiply-add is one multiplication and one addition of a convolution.
+    """Count parameters and multiply-adds of a graph with these input shapes. A parameter that several layers share
+    counts once, where it is first used; a multiply-add is one multiplication and one addition of a convolution.
     """
     known = propagate(symbol.nodes(), input_shapes)
     fed, auxiliary = set(symbol.list_inputs()), set(symbol.list_auxiliary_states())
@@ -78,7 +78,7 @@ def network_table(symbol: Symbol, **input_shapes: Shape) -> NetworkTable:
         kind, name = stage_of(node)
         stage = stages.setdefault((kind, name), Stage(name))
         output = known.get((node, 0), ())
-        # of a stage of several levels the finest is shown
+        # for a stage with several levels the finest is shown
         if kind in ("stem", "backbone") or math.prod(output[2:]) >= math.prod(stage.output[2:]):
             stage.output = output
         for child, _ in node.inputs:

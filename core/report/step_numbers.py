@@ -1,4 +1,4 @@
-"""The numbers of training steps: read from the device, checked, averaged over the ranks, and logged.
+"""Numbers of training steps: read from the device, checked, averaged over the ranks, and logged.
 
 L losses of the train graph.
 """
@@ -81,7 +81,7 @@ def _not_finite(trainer: Trainer, record: StepRecord, values: dict[str, float], 
     where = f" on rank {trainer.group.rank}" if trainer.group.world_size > 1 else ""
     half = ""
     if scale is not None:
-        where += f", one of {scale.skipped_in_a_row} in a row" if record.found_inf else ""
+        where += f", one of {scale.skipped_in_a_row} consecutive skipped steps" if record.found_inf else ""
         where += f" (float16, loss scale {scale.value:g})"
         half = ", or bfloat16 (General.bf16)"
     return (

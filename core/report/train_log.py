@@ -1,4 +1,4 @@
-"""The log of a training run: lines and in a terminal a bar for people, log.txt and log.jsonl beside the checkpoints."""
+"""Log of a training run: lines and a progress bar on the terminal, log.txt and log.jsonl beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ LOG_TEXT = "log.txt"
 
 
 class TrainLog:
-    """Written as the run goes; opened as a context. Records behind `start_epoch` (None: that of `start_step`), left by
-    a run that was cut off after its last checkpoint, are dropped when it opens. Steps alone would not tell: another
-    number of images a step counts them anew.
+    """Log files of a run, opened as a context.
+
+    Records after `start_epoch` (None: that of `start_step`), from a run that was interrupted after its last checkpoint,
+    are removed on opening. Epochs are compared, since step numbers change with the global batch size.
     """
 
     def __init__(
@@ -31,14 +32,14 @@ class TrainLog:
         self.end_step = end_step
         self.iter_per_epoch = iter_per_epoch
         start_epoch = start_step / iter_per_epoch if start_epoch is None else start_epoch
-        kept = _drop_records_behind(folder / LOG_LINES, start_epoch)
+        kept = _drop_records_after(folder / LOG_LINES, start_epoch)
         self.evaluated = {record["epoch"] for record in kept if record.get("event") in ("eval", "tested")}  # epochs
         mode = "a" if start_step else "w"
         self._text = (folder / LOG_TEXT).open(mode, buffering=1, encoding="utf-8")
         self._lines = (folder / LOG_LINES).open("a", buffering=1, encoding="utf-8")
         self._bar = tqdm(total=end_step, initial=start_step, unit="step", disable=not sys.stderr.isatty())
-        self._since = self._began = time.perf_counter()
-        self._began_at = self._step = start_step
+        self._since = self._start = time.perf_counter()
+        self._start_step = self._step = start_step
         self._waited = 0.0
         self._waiting_first = True
 
@@ -54,7 +55,7 @@ class TrainLog:
     def waiting(self) -> Iterator[None]:
         """Count the time inside as waiting for data.
 
-        The first time the loop also waits for workers to start, before any step: the log's speeds count from there.
+        The first wait includes the start of the workers, before any step: the log's speeds are measured from its end.
         """
         start = time.perf_counter()
         yield
@@ -65,13 +66,13 @@ class TrainLog:
             self._waited += time.perf_counter() - start
 
     def restart_clock(self) -> None:
-        """What went by since the last step was no training."""
+        """Exclude the time since the last step from the log's speeds."""
         now = time.perf_counter()
-        self._began += now - self._since
+        self._start += now - self._since
         self._since = now
 
     def info(self, text: str) -> None:
-        """A line for people."""
+        """Write a line of text to the terminal and log.txt."""
         self._text.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self._bar.disable:
             print(text, flush=True)
@@ -79,11 +80,11 @@ class TrainLog:
             self._bar.write(text)
 
     def event(self, name: str, **values: Any) -> None:
-        """A line for tools."""
+        """Write a record to log.jsonl."""
         self._lines.write(json.dumps({"event": name, **values}) + "\n")
 
     def steps(self, step: int, num_image: int, values: dict[str, float]) -> None:
-        """`step` updates are done; `values` and `num_image` are of those since the last call."""
+        """Log the state after `step` updates; `values` and `num_image` cover those since the last call."""
         now = time.perf_counter()
         elapsed = max(now - self._since, 1e-9)
         record = {
@@ -92,7 +93,7 @@ class TrainLog:
             **values,
             "img_per_s": num_image / elapsed,
             "data_wait": self._waited / elapsed,
-            "eta_s": (now - self._began) / (step - self._began_at) * (self.end_step - step),
+            "eta_s": (now - self._start) / (step - self._start_step) * (self.end_step - step),
         }
         finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
         self._lines.write(json.dumps(finite, allow_nan=False) + "\n")
@@ -102,7 +103,7 @@ class TrainLog:
 
 
 class NoLog:
-    """In a TrainLog's place, in processes that do not write it."""
+    """A log that writes nothing, for all but the main process."""
 
     evaluated: frozenset[int] = frozenset()
 
@@ -129,8 +130,13 @@ class NoLog:
 
 
 _FORMATS = {
-    **{"lr": ".5f", "grad_norm": ".2f", "loss_scale": "g", "skipped": ".0f"},
-    **{"memory_mib": ".0f", "img_per_s": ".1f", "data_wait": ".0%"},
+    "lr": ".5f",
+    "grad_norm": ".2f",
+    "loss_scale": "g",
+    "skipped": ".0f",
+    "memory_mib": ".0f",
+    "img_per_s": ".1f",
+    "data_wait": ".0%",
 }
 
 
@@ -145,8 +151,8 @@ def _line(record: dict[str, Any], end_step: int) -> str:
     return f"epoch {record['epoch']:.2f} step {record['step']}/{end_step} {' '.join(numbers)} left {days}{left}"
 
 
-def _drop_records_behind(path: Path, epoch: float) -> list[dict[str, Any]]:
-    """The records that stay."""
+def _drop_records_after(path: Path, epoch: float) -> list[dict[str, Any]]:
+    """Remove later records from the file; returns those that are kept."""
     if not path.exists():
         return []
     kept = []

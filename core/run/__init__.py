@@ -1,4 +1,4 @@
-"""A run's place on disk and its end: the experiment's folder, whole files, signals, the parent process.
+"""A run on its machine: the experiment's folder, atomic files, signals, the parent process, guarded phases of a step.
 
-Nothing here knows what is computed.
+Nothing here computes with a network.
 """

@@ -1,4 +1,4 @@
-"""A file appears whole or not at all."""
+"""Atomic writing of files: a file appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 
 def temporary_path(path: Path) -> Path:
-    """Where `path` is written until it is whole: beside it, so that the rename stays on one file system."""
+    """Return the path to write to until the file is complete, in the same folder: a rename stays on its file system."""
     return path.with_name(f".{path.name}.tmp")
 
 
@@ -18,8 +18,8 @@ def temporary_path(path: Path) -> Path:
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes. A reader sees the old file or the complete new one, even after a crash.
 
-    The folder is made where it does not exist. If the block or the disk fails, the temporary file is removed,
-    whatever stood at `path` stays untouched and the exception goes on.
+    The folder is created if it does not exist. If the block or the disk fails, the temporary file is removed, a file
+    that was at `path` before is unchanged and the exception propagates.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,12 +33,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path.parent, os.O_RDONLY)  # the rename is durable after an fsync of the folder
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""The folder of a run, `<output_root>/<name>`: may this run start here, and from where."""
+"""The folder of an experiment, `<output_root>/<name>`: its lock, its config, and the checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG_FILE = "config.txt"
 LOCK_FILE = ".lock"
 PROBE_FILE = "probe"
 PROBE_BYTES = 1 << 16  # more than the log and the config need at once
-_HELD = (errno.EAGAIN, errno.EACCES)  # what systems answer for a lock of another process
+_HELD = (errno.EAGAIN, errno.EACCES)  # errors for a lock that another process holds; systems differ
 
 
 def experiment_folder(config: Config) -> Path:
@@ -29,40 +29,40 @@ def experiment_folder(config: Config) -> Path:
 
 
 def find_start(config: Config, resume: bool) -> Checkpoint | None:
-    """The checkpoint to go on from, perhaps the last one; None for the first step. Nothing is written.
+    """Return the checkpoint to resume from, which may be the final one; None to start at step 0. Writes nothing.
 
-    Raises ValueError where the folder holds a run that `resume` does not ask for.
+    Raises ValueError if the folder holds a run and `resume` is not set.
     """
     folder = experiment_folder(config)
     newest = latest(folder) if folder.is_dir() else None
     if newest is None:
         return None
     end_epoch = config.OptimizeParam.schedule.end_epoch
-    anew = "train under another name (--set General.name=...) or remove the folder"
+    start_over = "train under another name (--set General.name=...) or remove the folder"
     if not resume and newest.is_finished(end_epoch):
         raise ValueError(
-            f"{folder} holds a finished run ({newest.progress.epoch} epochs): {anew}; to train on, add --resume and "
-            "a larger OptimizeParam.schedule.end_epoch"
+            f"{folder} holds a finished run ({newest.progress.epoch} epochs): {start_over}; to train it further, add "
+            "--resume and a larger OptimizeParam.schedule.end_epoch"
         )
     if not resume:
         raise ValueError(
-            f"{folder} holds a run that is not finished (epoch {newest.progress.epoch} of {end_epoch}, step "
-            f"{newest.progress.step}): add --resume to go on with it, {anew}"
+            f"{folder} holds an unfinished run (epoch {newest.progress.epoch} of {end_epoch}, step "
+            f"{newest.progress.step}): add --resume to continue it, {start_over}"
         )
     return newest
 
 
 @contextmanager
 def lock_experiment(folder: Path) -> Iterator[list[str]]:
-    """Hold `folder`, which is made, for one run; yields notes for the log.
+    """Create `folder` and lock it for one run; yields notes for the log.
 
-    The lock ends with the process, however that ends. It is one of the process (POSIX), not of the open file as
-    flock's is: loader workers are forked, would inherit the latter and outlive a killed run by seconds, in which its
-    restart would be refused.
+    The lock is released when the process ends, in whatever way. It belongs to the process (POSIX lockf), not to the
+    open file (flock): forked loader workers would inherit the latter, outlive a killed run by seconds, and make its
+    restart fail.
 
     Raises:
-        ValueError: another process holds it; the message names that one's number and host.
-        OSError: nothing can be written there.
+        ValueError: another process holds the lock; the message names its process id and host.
+        OSError: the folder is not writable.
     """
     path = folder / LOCK_FILE
     try:
@@ -71,7 +71,7 @@ def lock_experiment(folder: Path) -> Iterator[list[str]]:
     except OSError as error:
         raise OSError(error.errno, _cannot_write(folder, error)) from error
     with handle:
-        notes = _take(handle.fileno(), folder, path)
+        notes = _acquire(handle.fileno(), folder, path)
         _probe(folder)
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -79,26 +79,26 @@ def lock_experiment(folder: Path) -> Iterator[list[str]]:
         try:
             yield notes
         finally:
-            with suppress(OSError):  # the disk may be gone, and another error under way
-                handle.truncate(0)  # the file stays: a run that has just opened it would lock a removed one
+            with suppress(OSError):  # the disk may be gone, while another error propagates
+                handle.truncate(0)  # the file is kept: a run that has just opened it would lock a removed one
 
 
-def _take(descriptor: int, folder: Path, path: Path) -> list[str]:
+def _acquire(descriptor: int, folder: Path, path: Path) -> list[str]:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in _HELD:
-            return [f"{folder}: no lock ({error.strerror}): see to it that no second run writes there"]
+            return [f"{folder} cannot be locked ({error.strerror}): make sure that no second run writes to it"]
         holder = path.read_text(encoding="utf-8", errors="replace")[:200] or "another process"
         raise ValueError(
-            f"{folder} is in use: {holder} trains there. Wait for it or stop it, then go on with --resume; or train "
+            f"{folder} is in use: {holder} trains there. Wait for it or stop it, then continue with --resume; or train "
             "under another name (--set General.name=...)"
         ) from None
     return []
 
 
 def _probe(folder: Path) -> None:
-    """Write a small file before hours of training do."""
+    """Write and remove a small file, so that a full or read-only disk is reported before training starts."""
     path = folder / PROBE_FILE
     try:
         with atomic_file(path) as handle:
@@ -110,13 +110,13 @@ def _probe(folder: Path) -> None:
 
 def _cannot_write(folder: Path, error: OSError) -> str:
     return (
-        f"cannot write into {folder}: {error.strerror or error}. Make room or make it writable, or give another place "
-        "with --set General.output_root=..."
+        f"cannot write into {folder}: {error.strerror or error}. Free space or make it writable, or choose another "
+        "folder with --set General.output_root=..."
     )
 
 
 def store_config(config: Config, text: str) -> list[str]:
-    """Write the resolved config into the folder (which is made), and say what differs from the one that lay there."""
+    """Write the resolved config into the experiment's folder. Returns lines with the differences to the one before."""
     path = experiment_folder(config) / CONFIG_FILE
     before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     with atomic_file(path) as handle:

@@ -1,4 +1,4 @@
-"""What guards the phases of a step: a status for the ranks that wait, and an explanation of running out of memory."""
+"""Guarded phases of a step: a status for the ranks that wait, and an explanation of running out of memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from core.distributed.process_group import ProcessGroup
-from core.engine.out_of_memory import explained_memory
+from core.engine.out_of_memory import explain_out_of_memory
 from core.report.train_log import NoLog, TrainLog
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ class Guard:
 
     @contextmanager
     def phase(self, status: str, at: str, is_test: bool = False) -> Iterator[None]:
-        """Run a phase. status: what other ranks print where they wait for this one in vain; at: the place that a
-        MemoryError names, such as "step 7"."""
+        """Run a phase. status: what other ranks print if this one does not answer; at: the place that a MemoryError
+        names, such as "step 7"."""
         self.group.set_status(status)
-        with explained_memory(self.config, self.device, at, is_test):
+        with explain_out_of_memory(self.config, self.device, at, is_test):
             yield
 
     def report(self, line: str) -> None:

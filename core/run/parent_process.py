@@ -1,4 +1,4 @@
-"""A child process that ends with the process that started it, also where that one is killed."""
+"""A child process that exits when its parent process does, even if that one is killed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import time
 from threading import Thread
 
 
-def end_with(parent: int) -> None:
-    """End this process, whatever it is doing, soon after `parent`, the process that started it, has gone."""
-    Thread(target=_watch, args=(parent,), daemon=True).start()
+def exit_with_parent(parent: int) -> None:
+    """Exit from this process about a second after `parent`, the process that started it, has ended."""
 
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(0)
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(0)
+    Thread(target=watch, daemon=True).start()

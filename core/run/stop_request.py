@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the training loop grants after the step it is in."""
+"""Stop requests (SIGINT, SIGTERM), which the training loop honours after the current step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """A context in which the first signal sets `requested`; the second one ends the program at once. `status` is the
-    exit status of a program that a signal ended, as shells have it; where the wish was another process's, SIGTERM's.
+    """Context in which the first signal sets `requested`, and a second one ends the program at once.
 
-    In a process that a launcher started they come from the launcher, perhaps twice: a wish however often.
+    `status` is the exit status of a program ended by that signal, by the convention of shells; if another process
+    received the signal, that of SIGTERM. In a `launched` process signals come from the launcher, which may repeat
+    them: any number of them is one request.
     """
 
     def __init__(self, launched: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Names of a ResNet's tensors in the layouts that pretrained weights come in, and ours.
+"""Tensor names of a ResNet in the layouts of published pretrained weights, and the conversion to ours.
 
 | layout | a name | its bottlenecks |
 |---|---|---|
@@ -8,7 +8,7 @@
 | MXNet's (and GluonCV's) resnet50_v1, saved | features.4.0.body.1.gamma | v1 |
 | the same, exported | resnetv10_stage1_batchnorm0_gamma | v1 |
 
-MXNet's resnet50_v1 has a bias in its 1x1 convolutions, which no other has.
+Only MXNet's resnet50_v1 has biases, in its 1x1 convolutions.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ _EXPORTED = re.compile(r"resnetv1b\d{0,3}_(?:(layers|down)(\d{1,3})_)?(conv|batc
 _ZOO_UNIT = re.compile(r"features\.([4-7])\.(\d{1,3})\.(?:body\.([013467])|downsample\.([01]))$")
 _ZOO_STEM = {"features.0": "conv0", "features.1": "bn0"}
 _ZOO_EXPORTED = re.compile(r"resnetv1\d{0,3}_(?:stage(\d{1,3})_)?(conv|batchnorm)(\d{1,3})_(\w+)$")
-# only bottlenecks widen the first stage, and only they have biases
+# only bottlenecks have a projection shortcut in the first stage, and only they have biases
 _IS_BOTTLENECK = re.compile(r"resnetv1b\d{0,3}_down1_|resnetv1\d{0,3}_stage1_conv0_bias$")
 # the classifier, and a counter that MXNet does not have
 _IGNORED = re.compile(r"(?:fc|output)\.|resnetv1b?\d{0,3}_dense0_|.*\.num_batches_tracked$")
 _NORM_FIELD = {
-    **{"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"},
-    **{"gamma": "gamma", "beta": "beta"},
+    "weight": "gamma",
+    "bias": "beta",
+    "gamma": "gamma",
+    "beta": "beta",
+    "running_mean": "moving_mean",
+    "running_var": "moving_var",
 }
 _DEPTH_OF_UNITS: dict[tuple[bool, tuple[int, ...]], int] = {
     (False, (2, 2, 2, 2)): 18,
@@ -40,22 +44,22 @@ _DEPTH_OF_UNITS: dict[tuple[bool, tuple[int, ...]], int] = {
 
 
 def is_ours(name: str) -> bool:
-    """Does our name of a parameter or auxiliary state belong to the backbone?"""
+    """Return True if a parameter or auxiliary state with this name of ours belongs to the backbone."""
     return _OURS.match(name) is not None
 
 
 def is_ignored(name: str) -> bool:
-    """Is it known, and of no use to a backbone?"""
+    """Return True for a tensor of a known layout that a backbone does not need."""
     return _IGNORED.match(name) is not None
 
 
 def has_exported_bottlenecks(names: Iterable[str]) -> bool:
-    """Exported names tell of a convolution's place in its unit only together with this."""
+    """Return True if exported names are those of bottlenecks; they number convolutions through a stage's units."""
     return any(_IS_BOTTLENECK.match(name) for name in names)
 
 
 def depth_of(names: Iterable[str]) -> int | None:
-    """Which ResNet the names (ours) belong to; None for no published one."""
+    """Return the depth of the published ResNet with these names (ours); None if there is none."""
     names = set(names)
     units = tuple(
         sum(f"stage{stage}_unit{unit}_conv1_weight" in names for unit in range(1, 100)) for stage in range(1, 5)
@@ -64,8 +68,8 @@ def depth_of(names: Iterable[str]) -> int | None:
 
 
 def rename(name: str, is_bottleneck: bool) -> tuple[str, str | None] | None:
-    """Our name of a tensor, and the variant whose bottlenecks the layout has (None: our own names do not tell); None
-    for a name of no layout. `is_bottleneck` is has_exported_bottlenecks of all the names.
+    """Return our name of a tensor and the variant of the layout's bottlenecks (None: our own names are used for both);
+    None for a name of no layout. `is_bottleneck` is has_exported_bottlenecks of all the names.
 
     >>> rename("features.5.0.body.6.bias", is_bottleneck=False)
     ('stage2_unit1_conv3_bias', 'v1')
@@ -80,8 +84,8 @@ def rename(name: str, is_bottleneck: bool) -> tuple[str, str | None] | None:
 
 
 def rename_layer(name: str) -> str | None:
-    """Our name of a tensor in torchvision's ResNet layout or that of GluonCV's v1b parameter files, which differ in the
-    fields of a BatchNorm; None where the layouts have no such name.
+    """Return our name of a tensor in the layout of torchvision's ResNets or GluonCV's v1b parameter files, which differ
+    in the fields of a BatchNorm; None for any other name.
 
     >>> rename_layer("layer2.0.downsample.1.running_var")
     'stage2_unit1_sc_bn_moving_var'
@@ -97,9 +101,9 @@ def rename_layer(name: str) -> str | None:
 
 
 def rename_exported(name: str, is_bottleneck: bool) -> str | None:
-    """Our name of a tensor in the layout that GluonCV's v1b networks are exported in; None where it has no such name.
+    """Return our name of a tensor in the layout of GluonCV's exported v1b networks; None for any other name.
 
-    It counts a stage's convolutions through its units, which have three of them (bottlenecks) or two.
+    Convolutions are numbered through the units of a stage, which have three of them (bottlenecks) or two.
 
     >>> rename_exported("resnetv1b_layers2_batchnorm4_running_var", is_bottleneck=True)
     'stage2_unit2_bn2_moving_var'
@@ -120,7 +124,7 @@ def rename_exported(name: str, is_bottleneck: bool) -> str | None:
 
 
 def rename_zoo(name: str) -> str | None:
-    """Our name of a tensor in the parameter files of MXNet's resnet50_v1; None where they have no such name.
+    """Return our name of a tensor in the parameter files of MXNet's resnet50_v1; None for any other name.
 
     A unit's layers are numbered: convolution, BatchNorm, activation, and again.
 
@@ -143,9 +147,9 @@ def rename_zoo(name: str) -> str | None:
 
 
 def rename_zoo_exported(name: str, is_bottleneck: bool) -> str | None:
-    """Our name of a tensor in the layout that MXNet's resnet50_v1 is exported in; None where it has no such name.
+    """Return our name of a tensor in the layout of MXNet's exported resnet50_v1; None for any other name.
 
-    It counts a stage's convolutions through its units; that of the shortcut comes after the others of the first unit.
+    Convolutions are numbered through the units of a stage; the shortcut's follows the others of the first unit.
 
     >>> rename_zoo_exported("resnetv10_stage1_conv3_weight", is_bottleneck=True)
     'stage1_unit1_sc_weight'
@@ -166,7 +170,7 @@ def rename_zoo_exported(name: str, is_bottleneck: bool) -> str | None:
 
 
 def norm_after(bias: str) -> str:
-    """The BatchNorm (our name) that follows the convolution with this bias.
+    """Return the name (ours) of the BatchNorm that follows the convolution with this bias.
 
     >>> norm_after("stage1_unit1_conv3_bias")
     'stage1_unit1_bn3'

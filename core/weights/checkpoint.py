@@ -1,11 +1,11 @@
-"""Checkpoints: what a run needs to go on, or to be tested, as safetensors files.
+"""Checkpoints, from which a run is resumed or tested, as safetensors files.
 
     checkpoint-0003.safetensors            parameters and auxiliary states under their MXNet names (3 epochs)
     checkpoint-0003.state.safetensors      the optimizer's momentum at that point
     checkpoint-step00001234.safetensors    the same pair in the middle of an epoch
 
-Files appear whole or not at all. The weights of every epoch stay, or of the last few; of the states only the
-newest, and weights of the middle of an epoch only until a later pair is complete.
+Files are written atomically. The weights of all epochs are kept, or those of the last few; only the newest state is
+kept, and weights from the middle of an epoch only until a later pair is complete.
 """
 
 from __future__ import annotations
@@ -33,37 +33,37 @@ EPOCH_WEIGHTS = r"checkpoint-(\d{4,})\.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a run stood: stored in the metadata of both files of a pair."""
+    """Progress of a run, stored in the metadata of both files of a pair."""
 
-    epoch: int  # epochs that are finished
-    step: int  # updates that are done
+    epoch: int  # finished epochs
+    step: int  # finished updates
     seed: int
     experiment: str
-    num_sample: int = 0  # samples in an epoch
-    sample: int = 0  # samples of the unfinished epoch that were taken
-    portrait: int = 0  # how many of them were portrait, where batches hold one orientation
+    num_sample: int = 0  # samples per epoch
+    sample: int = 0  # samples taken from the unfinished epoch
+    portrait: int = 0  # the number of portrait ones among them, if batches hold one orientation
     class_names: tuple[str, ...] = ()
 
     @property
     def reached(self) -> tuple[int, int, int]:
-        """How far that is: more, the later. Steps alone do not tell where a resume changed the images of a step."""
+        """Key to sort by. Steps alone do not suffice, as a resume may change the global batch size."""
         return self.epoch, self.sample, self.step
 
     @property
     def epochs(self) -> float:
-        """Finished epochs and the fraction of the next one."""
+        """The number of finished epochs plus the fraction of the next one."""
         return self.epoch + (self.sample / self.num_sample if self.num_sample else 0.0)
 
     def to_metadata(self) -> dict[str, str]:
-        """As safetensors metadata. One entry, because the library writes several in random order."""
+        """Return safetensors metadata with a single entry, because the library writes several in random order."""
         return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> Progress:
-        """The reverse of `to_metadata`; `path` is named in errors.
+        """Parse the result of `to_metadata`; `path` is named in errors.
 
         Raises:
-            ValueError: the metadata is not that of a checkpoint, or of another format.
+            ValueError: the metadata is not that of a checkpoint, or is of another format version.
         """
         if METADATA_KEY not in metadata:
             raise ValueError(
@@ -72,7 +72,7 @@ class Progress:
             )
         try:
             stored = json.loads(metadata[METADATA_KEY])
-        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested without end
+        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
             raise ValueError(f"{path} is damaged: its metadata is not JSON ({error})") from None
         if not isinstance(stored, dict):
             raise ValueError(f"{path} is damaged: its metadata is a {type(stored).__name__}, not an object")
@@ -104,24 +104,24 @@ def _is_kind(value: Any, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete pair on disk."""
+    """A complete pair of files."""
 
     weights: Path
     state: Path
     progress: Progress
 
     def is_finished(self, end_epoch: int) -> bool:
-        """Nothing is left to train."""
+        """Return True if no epoch is left to train."""
         return self.progress.epoch >= end_epoch
 
 
 def epoch_stem(epoch: int) -> str:
-    """File stem after `epoch` finished epochs."""
+    """Return the file stem after `epoch` finished epochs."""
     return f"checkpoint-{epoch:04d}"
 
 
 def step_stem(step: int) -> str:
-    """File stem in the middle of an epoch, after `step` updates."""
+    """Return the file stem in the middle of an epoch, after `step` updates."""
     return f"checkpoint-step{step:08d}"
 
 
@@ -133,22 +133,22 @@ def save_checkpoint(
     progress: Progress,
     keep: int = 0,
 ) -> Checkpoint:
-    """Write a pair, then remove what it replaces.
+    """Write a pair, then remove the files that it replaces.
 
     Args:
         stem: `epoch_stem(...)` or `step_stem(...)`.
         weights: parameters and auxiliary states by name, on any device.
         state: the optimizer's `state_dict()`.
-        keep: epochs whose weights stay, the last ones; 0: all.
+        keep: the number of last epochs whose weights are kept; 0: all.
 
     Raises:
-        OSError: the disk is full, read only, ...; earlier checkpoints are untouched and the message names the
+        OSError: the disk is full, read only, ...; earlier checkpoints are unchanged and the message names the
             newest.
     """
     folder = Path(folder)
     pair = Checkpoint(folder / f"{stem}{WEIGHTS_SUFFIX}", folder / f"{stem}{STATE_SUFFIX}", progress)
     try:
-        # both are written before one is renamed, the state first: weights that lie alone are whole
+        # both are written before one is renamed, the state first: weights without a state are complete
         with atomic_file(pair.weights) as weights_file, atomic_file(pair.state) as state_file:
             state_file.write(_serialise(state, progress))
             weights_file.write(_serialise(weights, progress))
@@ -172,16 +172,16 @@ def _write_failure(pair: Checkpoint, needed: int, error: OSError) -> str:
     if folder.is_dir():
         free = shutil.disk_usage(folder).free
         message += f" A checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free."
-        whole = _pairs(folder)
-        if whole:
-            message += f" The previous one, {whole[-1].weights}, is whole."
-    return message + " Make room or make the folder writable, then go on with --resume."
+        pairs = _pairs(folder)
+        if pairs:
+            message += f" The previous one, {pairs[-1].weights}, is complete."
+    return message + " Free space or make the folder writable, then continue with --resume."
 
 
 def prune(newest: Checkpoint, keep: int) -> None:
-    """Remove what the newest pair replaces; a run that was killed may not have come to it.
+    """Remove the files that the newest pair replaces, also those left by a run that was killed.
 
-    Only called when `newest` is complete and synced: until then the pair before it stays.
+    `newest` must be complete and synced to disk.
     """
     folder = newest.weights.parent
     for path in folder.glob(f"checkpoint-*{STATE_SUFFIX}"):
@@ -191,25 +191,21 @@ def prune(newest: Checkpoint, keep: int) -> None:
         if path not in (newest.weights, newest.state):
             path.unlink(missing_ok=True)
     if keep:
-        for path in _epoch_weights(folder, newest.progress.epoch)[:-keep]:
+        # found by name, since a damaged file must not stop a run
+        matches = [(re.fullmatch(EPOCH_WEIGHTS, path.name), path) for path in folder.iterdir()]
+        epochs = sorted((int(match[1]), path) for match, path in matches if match)
+        for _, path in [(epoch, path) for epoch, path in epochs if epoch <= newest.progress.epoch][:-keep]:
             path.unlink(missing_ok=True)
-    for path in folder.glob(temporary_path(folder / "checkpoint-*").name):  # of a process that was killed
+    for path in folder.glob(temporary_path(folder / "checkpoint-*").name):  # left by a process that was killed
         path.unlink(missing_ok=True)
 
 
-def _epoch_weights(folder: Path, last: int) -> list[Path]:
-    """Weights of the epochs up to `last`, oldest first, found by name: a damaged file shall not stop a run."""
-    names = ((re.fullmatch(EPOCH_WEIGHTS, path.name), path) for path in folder.iterdir())
-    epochs = sorted((int(match[1]), path) for match, path in names if match)
-    return [path for epoch, path in epochs if epoch <= last]
-
-
 def latest(folder: str | Path) -> Checkpoint | None:
-    """The newest complete pair, by step; None where the folder holds no checkpoint.
+    """Return the newest complete pair; None if the folder holds no checkpoint.
 
     Raises:
-        ValueError: a file is damaged; or weights lie there without any state, so that resuming is impossible
-            and starting anew would overwrite them.
+        ValueError: a file is damaged; or there are weights without any state, so that resuming is impossible and
+            starting over would overwrite them.
     """
     folder = Path(folder)
     pairs = _pairs(folder)
@@ -220,36 +216,36 @@ def latest(folder: str | Path) -> Checkpoint | None:
         raise ValueError(
             f"{folder} holds weights ({alone[-1].name}) but not the optimizer state that resuming needs. To "
             f"start from these weights, train under another name: --set General.name=<name> "
-            f"--set ModelParam.init_from={alone[-1]}; to start anew, remove the folder"
+            f"--set ModelParam.init_from={alone[-1]}; to start over, remove the folder"
         )
     return None
 
 
 def find_weights(folder: str | Path, epoch: int | None = None) -> Path:
-    """The weights to test: those after `epoch` epochs, or the newest.
+    """Return the weights to test: those after `epoch` epochs, or the newest.
 
     Raises:
         FileNotFoundError: there are none; the message lists those that exist.
     """
     folder = Path(folder)
-    wanted = "checkpoint" if epoch is None else f"{epoch_stem(epoch)}{WEIGHTS_SUFFIX}"
-    if epoch is not None and (folder / wanted).is_file():
-        return folder / wanted
+    name = "checkpoint" if epoch is None else f"{epoch_stem(epoch)}{WEIGHTS_SUFFIX}"
+    if epoch is not None and (folder / name).is_file():
+        return folder / name
     files = _weights_files(folder)
     if epoch is None and files:
         return files[-1]
-    there = f"it holds {', '.join(path.name for path in files)}" if files else "train first with detection_train.py"
-    raise FileNotFoundError(f"no {wanted} in {folder}: {there}")
+    advice = f"it holds {', '.join(path.name for path in files)}" if files else "train first with detection_train.py"
+    raise FileNotFoundError(f"no {name} in {folder}: {advice}")
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """Every weights file, oldest first."""
+    """Return all weights files, oldest first."""
     files = [p for p in folder.glob(f"checkpoint-*{WEIGHTS_SUFFIX}") if not p.name.endswith(STATE_SUFFIX)]
     return sorted(files, key=lambda path: _read_progress(path).reached)
 
 
 def _pairs(folder: Path) -> list[Checkpoint]:
-    """Every complete pair, oldest first."""
+    """Return all complete pairs, oldest first."""
     pairs = []
     for state in folder.glob(f"checkpoint-*{STATE_SUFFIX}"):
         weights = state.with_name(state.name.removesuffix(STATE_SUFFIX) + WEIGHTS_SUFFIX)
@@ -265,7 +261,7 @@ def _read_progress(path: Path) -> Progress:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a safetensors file, without its tensors.
+    """Read the metadata of a safetensors file, without its tensors.
 
     Raises:
         FileNotFoundError: no such file.
@@ -276,7 +272,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file.
+    """Read all tensors of a safetensors file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -285,7 +281,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     with _open(Path(path)) as handle:
         try:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
-        except Exception as error:  # shapes, numbers and types that torch cannot make a tensor of
+        except Exception as error:  # shapes, numbers and types that torch does not support
             raise ValueError(_damaged(Path(path), error)) from error
 
 
@@ -305,7 +301,7 @@ def _damaged(path: Path, error: Exception) -> str:
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
-    """Parameters and auxiliary states by name, and where the run stood that wrote them.
+    """Read parameters and auxiliary states by name, and the progress of the run that wrote them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -317,7 +313,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
 
 
 def refuse_state(path: Path) -> None:
-    """Raises ValueError for the second file of a pair, which looks like weights: the momentum has their names."""
+    """Raise ValueError for the state file of a pair, which looks like weights: the momentum has their names."""
     if path.name.endswith(STATE_SUFFIX):
         weights = path.name.removesuffix(STATE_SUFFIX) + WEIGHTS_SUFFIX
         raise ValueError(f"{path} holds the momentum of a run, not weights: those are in {weights} beside it")
@@ -325,7 +321,7 @@ def refuse_state(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FitReport:
-    """How the tensors of a file differ from what a model expects."""
+    """Differences between the tensors of a file and those that a model expects."""
 
     missing: tuple[str, ...]  # expected, not given
     extra: tuple[str, ...]  # given, not expected
@@ -336,8 +332,8 @@ class FitReport:
         return not (self.missing or self.extra or self.different)
 
     def lines(self, most: int = 8) -> list[str]:
-        """One line per kind of difference, with at most `most` names each."""
-        shapes = [f"{name} (expected {wanted}, got {got})" for name, wanted, got in self.different]
+        """Return one line per kind of difference, with at most `most` names each."""
+        shapes = [f"{name} (expected {expected}, got {got})" for name, expected, got in self.different]
         kinds = (("missing", self.missing), ("not expected", self.extra), ("of another shape", shapes))
         return [
             f"{len(names)} {kind}: {', '.join(names[:most])}{', ...' if len(names) > most else ''}"
@@ -360,24 +356,23 @@ def check_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tenso
 
 
 def require_fit(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], path: str | Path) -> None:
-    """Refuse tensors that are not exactly the model's.
+    """Raise ValueError unless the tensors have exactly the model's names and shapes.
 
-    Raises:
-        ValueError: names or shapes differ; the message lists the first of each kind.
+    The message lists the first differences of each kind.
     """
     report = check_fit(expected, given)
     if not report.fits:
         differences = "\n  ".join(report.lines())
         raise ValueError(
             f"the weights in {path} do not fit this model:\n  {differences}\nUse the config that they were "
-            f"trained with, or train from what fits with --set ModelParam.init_from={path}"
+            f"trained with, or fine-tune from the tensors that fit with --set ModelParam.init_from={path}"
         )
 
 
 def keep_fitting(
     expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor], path: str | Path
 ) -> tuple[dict[str, Tensor], FitReport]:
-    """The tensors that fit by name and shape, for fine-tuning, and what was left out, for the log.
+    """Return the tensors that fit by name and shape, for fine-tuning, and a report of the differences, for the log.
 
     Raises:
         ValueError: nothing fits.

@@ -1,4 +1,4 @@
-"""Where a network's first weights come from: a checkpoint to resume or fine-tune, a pretrained backbone, or chance."""
+"""Initial weights of a network: from a checkpoint to resume or fine-tune, a pretrained backbone, or random."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from core.weights.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
 from core.weights.params_file import SUFFIX, read_params
 from core.weights.pretrain import find_backbone, load_backbone
-from core.weights.simpledet_weights import as_ours
+from core.weights.simpledet_weights import from_simpledet
 from models.backbone.resnet import variant_of
 from symbol.ops import Shape
 
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter and auxiliary state."""
+    """Return the shape of every parameter and auxiliary state."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def load_given_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
-    """Parameters and auxiliary states of a checkpoint that a user names, ours or MXNet's, and where its run stood.
+    """Read parameters and auxiliary states of a checkpoint, ours or MXNet's, and the progress of its run.
 
-    They are as the file has them; `core.weights.simpledet_weights.as_ours` makes what SimpleDet has in another way fit.
-
+    Names and shapes are those of the file; `core.weights.simpledet_weights.from_simpledet` converts SimpleDet's.
     Raises FileNotFoundError for a missing file and ValueError for one that is damaged or no checkpoint.
     """
     path = Path(path)
@@ -37,7 +36,7 @@ def load_given_weights(path: str | Path) -> tuple[dict[str, Tensor], Progress]:
 
 
 def params_progress(path: Path) -> Progress:
-    """Where MXNet's run stood, as far as the name that its Module gives tells: `<prefix>-<epoch>.params`."""
+    """Return the progress of MXNet's run, of which its Module stores the epoch: `<prefix>-<epoch>.params`."""
     match = re.fullmatch(r"(.+)-(\d{4,9})", path.stem)
     return Progress(epoch=int(match[2]) if match else 0, step=0, seed=0, experiment=match[1] if match else path.stem)
 
@@ -45,7 +44,7 @@ def params_progress(path: Path) -> Progress:
 def first_weights(
     shapes: Mapping[str, Shape], config: Config, resumed: Checkpoint | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the tensors of a network that do not start at random, by name, and lines for the log.
+    """Return the tensors of a network that are not initialized at random, by name, and lines for the log.
 
     shapes: those of every parameter and auxiliary state. `resumed` takes precedence over what the config asks for.
     Raises FileNotFoundError for a missing file and ValueError for one that does not fit.
@@ -56,10 +55,11 @@ def first_weights(
         require_fit(shapes, tensors, resumed.weights)
         return tensors, [f"resuming {resumed.weights}: epoch {progress.epoch}, step {progress.step}"]
     if model.init_from is not None:
-        given, lines = as_ours(load_given_weights(model.init_from)[0], shapes, config.NormalizeParam, model.init_from)
+        given, _ = load_given_weights(model.init_from)
+        given, lines = from_simpledet(given, shapes, config.NormalizeParam, model.init_from)
         fitting, report = keep_fitting(shapes, given, model.init_from)
         summary = (
-            f"fine-tuning {model.init_from}: {len(fitting)} of {len(shapes)} tensors loaded, the others start at random"
+            f"fine-tuning {model.init_from}: {len(fitting)} of {len(shapes)} tensors loaded, the others are random"
         )
         return fitting, [*lines, summary, *report.lines()]
     if model.from_scratch:

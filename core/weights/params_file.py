@@ -1,14 +1,14 @@
-"""MXNet's .params files, read and written without MXNet.
+"""Reader and writer of MXNet's .params files, without MXNet.
 
-A file is a list of arrays and, where the list has them, their names; all numbers are little-endian:
+A file is a list of arrays and optionally their names; all numbers are little-endian:
 
-    uint64 0x112, uint64 0                              what makes it a list
+    uint64 0x112, uint64 0                              magic number of a list
     uint64 count, then every array
     uint64 count (0: no names), then every name as uint64 length and UTF-8 text
 
 An array is its layout's number, its storage type, its shape, the device that it was on, the number of its type, and
-its elements. Four layouts exist; MXNet 1.9.1 writes V2 and, under its NumPy semantics, V3. Everything that a file
-says of sizes is held against the bytes that are left of it before any memory is taken.
+its elements. Four layouts exist; MXNet 1.9.1 writes V2 and, under its NumPy semantics, V3. All sizes that a file
+states are checked against the bytes left in it before memory is allocated.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ from core.run.atomic_file import atomic_file
 SUFFIX = ".params"
 CPU = (1, 0)  # MXNet's device type and index
 _LIST_MAGIC = 0x112
-_MOST_ARRAYS = 100_000  # a network has hundreds; each costs far more memory than its bytes in a file
+_MOST_ARRAYS = 100_000  # a network has hundreds; an array takes far more memory than bytes in a file
 _MOST_DIMS = 32
 _STORAGE = {1: "row_sparse", 2: "csr"}
 _DTYPES: tuple[torch.dtype, ...] = (
     *(torch.float32, torch.float64, torch.float16, torch.uint8, torch.int32, torch.int8, torch.int64, torch.bool),
     *(torch.int16, torch.uint16, torch.uint32, torch.uint64, torch.bfloat16),
 )  # by MXNet's numbers
-_AUXILIARY = ("_moving_mean", "_moving_var", "_running_mean", "_running_var")  # BatchNorm's, the only ones there are
+_AUXILIARY = ("_moving_mean", "_moving_var", "_running_mean", "_running_var")  # only BatchNorm has auxiliary states
 
 
 class Layout(IntEnum):
-    """How an array is laid out: the number that it begins with."""
+    """Layout of an array: the number at its start."""
 
-    OLDEST = 0  # begins with its number of dimensions; 32-bit sides
+    OLDEST = 0  # no number of its own, but the number of dimensions; 32-bit sides
     V1 = 0xF993FAC8  # 64-bit sides
-    V2 = 0xF993FAC9  # says its storage type
+    V2 = 0xF993FAC9  # with a storage type
     V3 = 0xF993FACA  # NumPy's shapes: () is one number, a side may be 0
 
 
 @dataclass(frozen=True, eq=False)
 class SavedArray:
-    """An array of a file, and what else the file says of it."""
+    """An array of a file, with its device and layout."""
 
     tensor: Tensor
     device: tuple[int, int] = CPU
@@ -61,14 +61,14 @@ class SavedArray:
 
 @dataclass(frozen=True)
 class ParamsFile:
-    """The arrays in the file's order, and their names; None: a list without names."""
+    """The arrays in the file's order, and their names (None: a list without names)."""
 
     arrays: Sequence[SavedArray]
     names: Sequence[str] | None
 
 
 def read_params_file(path: str | Path) -> ParamsFile:
-    """All that a file holds; `write_params_file` makes the same bytes of it.
+    """Read the content of a file, of which `write_params_file` writes the same bytes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -81,7 +81,7 @@ def read_params_file(path: str | Path) -> ParamsFile:
         reader = _Reader(path, handle)
         magic, reserved, count = reader.numbers("QQQ")
         if (magic, reserved) != (_LIST_MAGIC, 0):
-            raise reader.refusal(f"it begins with {magic:#x}, {reserved:#x}, expected {_LIST_MAGIC:#x}, 0")
+            raise reader.refusal(f"it starts with {magic:#x}, {reserved:#x}, expected {_LIST_MAGIC:#x}, 0")
         if count > _MOST_ARRAYS:
             raise reader.refusal(f"it claims {count} arrays, expected {_MOST_ARRAYS} at most")
         arrays = []
@@ -91,15 +91,15 @@ def read_params_file(path: str | Path) -> ParamsFile:
         reader.where = "the names"
         names = _read_names(reader, count)
         if reader.left:
-            raise reader.refusal(f"{reader.left} bytes follow that belong to nothing")
+            raise reader.refusal(f"{reader.left} bytes are left after the names")
     return ParamsFile(arrays, names)
 
 
 def write_params_file(path: str | Path, content: ParamsFile) -> None:
-    """Write what MXNet's nd.load reads. The file appears whole or not at all.
+    """Write a file that MXNet's nd.load reads, atomically.
 
     Raises:
-        ValueError: a tensor has a shape that MXNet cannot load in its layout, or is of a type that it does not have.
+        ValueError: a tensor has a shape that MXNet cannot load in its layout, or a type that MXNet lacks.
         OSError: the file cannot be written.
     """
     assert content.names is None or len(content.names) == len(content.arrays)
@@ -117,7 +117,7 @@ def write_params_file(path: str | Path, content: ParamsFile) -> None:
 
 
 def read_params(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file of named arrays, without the `arg:` and `aux:` before their names.
+    """Read the tensors of a file of named arrays, without the prefixes `arg:` and `aux:` of their names.
 
     Raises:
         FileNotFoundError: no such file.
@@ -139,9 +139,9 @@ def read_params(path: str | Path) -> dict[str, Tensor]:
 
 
 def write_params(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as MXNet's Module does: `aux:` before the names of moving statistics, `arg:` before the others.
+    """Write tensors as MXNet's Module does, with prefix `aux:` for moving statistics and `arg:` for the others.
 
-    Names with dots are Gluon's, which wants them as they are. Raises like `write_params_file`.
+    Names with dots are Gluon's, which has no prefixes. Raises as `write_params_file` does.
     """
     is_gluon = any("." in name for name in tensors)
     names = [name if is_gluon else ("aux:" if name.endswith(_AUXILIARY) else "arg:") + name for name in tensors]
@@ -149,7 +149,7 @@ def write_params(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 class _Reader:
-    """A file's bytes from front to back, never more than there are."""
+    """Sequential reader of a file that checks each size against the bytes left."""
 
     def __init__(self, path: Path, handle: BufferedReader) -> None:
         self.path, self.handle, self.where = path, handle, "its head"
@@ -170,18 +170,18 @@ class _Reader:
         return data
 
     def fill(self, tensor: Tensor) -> None:
-        """The next bytes become the elements."""
+        """Read the elements of the tensor."""
         view = _bytes_of(tensor)
         self._took(self.handle.readinto(view), view.nbytes)
 
     def require(self, size: int) -> None:
-        """Refuse a claim of more than there is."""
+        """Raise ValueError if fewer bytes are left."""
         if size > self.left:
             raise self.refusal(f"{size} bytes are claimed, {self.left} are left")
 
     def _took(self, taken: int, size: int) -> None:
         if taken != size:
-            raise self.refusal("it became shorter while it was read")
+            raise self.refusal("it was truncated while it was read")
         self.left -= size
 
 
@@ -208,7 +208,7 @@ def _read_array(reader: _Reader) -> SavedArray:
         raise reader.refusal(f"it claims type {type_number}, expected 0 to {len(_DTYPES) - 1}")
     dtype = _DTYPES[type_number]
     least = 0 if layout is Layout.V3 else 1
-    # a side of 0 makes the array empty, whatever the others claim, but torch multiplies them too
+    # a side of 0 makes the array empty, but torch multiplies the other sides too
     if min(shape, default=1) < least or math.prod(max(side, 1) for side in shape) * dtype.itemsize >= 2**62:
         raise reader.refusal(f"it claims the shape {shape!s:.200}, expected sides of {least} or more")
     reader.require(math.prod(shape) * dtype.itemsize)
@@ -236,11 +236,11 @@ def _array_header(array: SavedArray, name: str) -> bytes:
     shape, layout = tuple(array.tensor.shape), array.layout
     if array.tensor.dtype not in _DTYPES or array.tensor.layout is not torch.strided:
         raise ValueError(
-            f"'{name}' is {array.tensor.dtype}, {array.tensor.layout}, which MXNet does not have: convert it to float32"
+            f"'{name}' is {array.tensor.dtype}, {array.tensor.layout}, which MXNet lacks: convert it to float32"
         )
     if layout is not Layout.V3 and 0 in (len(shape), *shape):
         raise ValueError(
-            f"'{name}' has the shape {shape}, expected one side or more and none of 0, which is all that MXNet loads: "
+            f"'{name}' has the shape {shape}, expected one side or more and none of 0, as MXNet loads no other: "
             "leave it out or reshape it"
         )
     tail = struct.pack("<iii", *array.device, _DTYPES.index(array.tensor.dtype))
@@ -251,5 +251,5 @@ def _array_header(array: SavedArray, name: str) -> bytes:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The elements' own memory: of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous tensor on the CPU."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

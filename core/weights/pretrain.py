@@ -1,9 +1,9 @@
-"""First weights of the backbone: ResNets trained on ImageNet.
+"""Pretrained weights of the backbone: ResNets trained on ImageNet.
 
-They come in the layouts of core.weights.backbone_names, or with our names, which SimpleDet's files have too.
+Files have one of the layouts of core.weights.backbone_names, or our names, which are SimpleDet's too.
 
-Weights of v1 and v1b have equal names and shapes, but each computes nonsense in the other's network. The foreign
-layouts tell which they are; files with our names have to be taken at their word.
+Weights of v1 and v1b have equal names and shapes, but each is wrong in the other's network. The variant follows from
+the layout of a file, except for our names, where it cannot be checked.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _HARMLESS_CLAIM = 2**30  # bytes; ResNet-152 has a quarter of them
 
 @dataclass(frozen=True)
 class _Variant:
-    """Of ResNets with bottlenecks; {depth} stands for the network's."""
+    """Texts for errors about a variant of ResNets with bottlenecks; {depth} stands for the network's depth."""
 
-    stride: str  # where it is
-    files: str  # that fit
-    get: str  # where to get one
+    stride: str  # the convolution with a bottleneck's stride
+    files: str  # the files that fit
+    get: str  # the way to get one
     backbone: str  # class of models.retinanet.builder
 
 
@@ -54,18 +54,18 @@ _VARIANTS = {
 
 @dataclass(frozen=True)
 class Backbone:
-    """What a file holds of a backbone."""
+    """Tensors of a backbone in a file."""
 
     tensors: dict[str, Tensor]  # under our names, float32
     num_ignored: int  # other tensors of the file
-    variants: frozenset[str]  # v1 or v1b, by the layout of its bottlenecks; none where that does not tell
+    variants: frozenset[str]  # v1 or v1b, by the layout of the bottlenecks; empty if it does not determine the variant
 
 
 def find_backbone(prefix: str | None, depth: int, variant: Variant) -> Path:
-    """The file that ModelParam.pretrain.prefix means: a path, with or without its suffix; None: the usual one.
+    """Return the file of ModelParam.pretrain.prefix: a path, with or without its suffix; None: the default path.
 
     Raises:
-        FileNotFoundError: there is none; the message says how to get it, or how to do without.
+        FileNotFoundError: there is none; the message says how to get one, or how to train without.
     """
     chosen = default_prefix(depth, variant) if prefix is None else prefix
     for path in (Path(chosen), *(Path(chosen + suffix) for suffix in SUFFIXES)):
@@ -74,20 +74,20 @@ def find_backbone(prefix: str | None, depth: int, variant: Variant) -> Path:
     get = _VARIANTS[variant].get.format(depth=depth)
     raise FileNotFoundError(
         f"no pretrained backbone {chosen}.safetensors, .pth or -0000.params. {get}; or set "
-        "ModelParam.pretrain.prefix to yours; or train from scratch: --set ModelParam.from_scratch=True"
+        "ModelParam.pretrain.prefix to another file; or train from scratch: --set ModelParam.from_scratch=True"
     )
 
 
 def load_backbone(
     path: str | Path, expected: Mapping[str, tuple[int, ...]], variant: str
 ) -> tuple[dict[str, Tensor], str]:
-    """The backbone's tensors under our names, and a line for the log.
+    """Return the backbone's tensors under our names, and a line for the log.
 
     Args:
-        path: .safetensors, .pth or .params in one of the layouts, or with our names (a checkpoint serves too).
+        path: .safetensors, .pth or .params in one of the layouts, or with our names (such as a checkpoint).
         expected: shape of every parameter and auxiliary state of the model; those outside the backbone are
             ignored.
-        variant: "v1" or "v1b", which the model's bottlenecks are.
+        variant: "v1" or "v1b", the variant of the model's bottlenecks.
 
     Raises:
         FileNotFoundError: no such file.
@@ -101,14 +101,17 @@ def load_backbone(
 
 
 def read_backbone(path: str | Path) -> Backbone:
-    """What the file holds of a backbone.
+    """Read the tensors of a backbone in any of the layouts.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged or in another layout.
     """
     path = Path(path)
-    stored = _read_stored(path)
+    if path.suffix in (".pth", ".pt"):
+        stored = _read_state_dict(path)
+    else:
+        stored = read_params(path) if path.suffix == ".params" else read_tensors(path)
     has_our_names, is_bottleneck = any(map(is_ours, stored)), has_exported_bottlenecks(stored)
     tensors: dict[str, Tensor] = {}
     variants, unknown, num_ignored = set(), [], 0
@@ -123,7 +126,7 @@ def read_backbone(path: str | Path) -> Backbone:
         if ours in tensors:
             raise ValueError(f"{path} holds {ours} under two names, one of them {name}: give another file")
         tensors[ours] = tensor.float()
-        if variant is not None and "_conv3_" in ours:  # basic blocks are the same in both
+        if variant is not None and "_conv3_" in ours:  # basic blocks are equal in both variants
             variants.add(variant)
     if unknown or not tensors:
         raise ValueError(
@@ -135,26 +138,16 @@ def read_backbone(path: str | Path) -> Backbone:
 
 
 def _fold_biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the convolutions' biases: the BatchNorm that follows takes the mean away, so where the mean is that much
-    less the outputs are equal. Training on batch statistics loses nothing either: a bias cancels there, and its
-    gradient is zero."""
+    """Remove the convolutions' biases by subtracting them from the moving mean of the BatchNorm that follows, which
+    gives the same outputs. With batch statistics a bias cancels, and its gradient is zero."""
     folded = dict(tensors)
     for name, bias in tensors.items():
         mean = f"{norm_after(name)}_moving_mean"
-        # one of another shape stays, and is refused with the others that do not fit
+        # a bias of another shape is kept, and refused with the other tensors that do not fit
         if name.endswith("_bias") and mean in tensors and tensors[mean].shape == bias.shape:
             folded[mean] = tensors[mean] - bias
             del folded[name]
     return folded
-
-
-def _read_stored(path: Path) -> dict[str, Tensor]:
-    match path.suffix:
-        case ".pth" | ".pt":
-            return _read_state_dict(path)
-        case ".params":
-            return read_params(path)
-    return read_tensors(path)
 
 
 def _require_variant(path: str | Path, found: Backbone, variant: str) -> None:
@@ -194,7 +187,7 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except _ClaimError:
         raise
-    except Exception as error:  # the unpickler raises whatever a damaged file leads it to
+    except Exception as error:  # the unpickler raises errors of many types for damaged files
         raise ValueError(
             f"{path} is damaged, or holds more than tensors (code in a pickled file is never run). Save a "
             "plain state dict: torch.save(model.state_dict(), ...)"
@@ -206,11 +199,11 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 class _ClaimError(ValueError):
-    """A file that claims more than it holds."""
+    """A file whose tensors claim more bytes than it has."""
 
 
 def _require_claim(path: Path, claimed: int) -> None:
-    """What is unpacked or copied must lie in the file: a packed one, or a view of one number, can claim terabytes."""
+    """Raise _ClaimError for more bytes than the file has: compressed data and strided views can claim terabytes."""
     size = path.stat().st_size
     if claimed > max(size, _HARMLESS_CLAIM):
         raise _ClaimError(
@@ -220,7 +213,7 @@ def _require_claim(path: Path, claimed: int) -> None:
 
 
 def _is_plain(name: object, value: object) -> bool:
-    """A name, and a tensor of real numbers in memory: not sparse, quantised, complex or without data."""
+    """Return True for a name and a dense tensor of real numbers in memory: not sparse, quantised, complex or meta."""
     return (
         isinstance(name, str)
         and isinstance(value, Tensor)

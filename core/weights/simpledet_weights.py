@@ -1,6 +1,6 @@
-"""Weights of SimpleDet's checkpoints, where they differ from ours in name or shape. C channels.
+"""Conversion of SimpleDet's weights that differ from ours in name or shape. C channels.
 
-merged BatchNorms: before it trains or tests, SimpleDet replaces every BatchNorm with fixed statistics that follows a
+merged BatchNorms: before training or testing, SimpleDet replaces every BatchNorm with fixed statistics that follows a
     convolution by gamma * data + beta, with the statistics in gamma and beta (merge_bn of its utils/graph_optimize.py).
     Its checkpoints have those as (1, C, 1, 1), and neither moving mean nor moving variance.
 NAS-FPN: some versions of its models/NASFPN/builder.py name the neck's BatchNorms S1_P4_1_bn, not S1_P4_1_bn_neck.
@@ -21,22 +21,28 @@ if TYPE_CHECKING:
     from config.schema import NormalizeParam
 
 
-def as_ours(
+def from_simpledet(
     tensors: Mapping[str, Tensor], expected: Container[str], normalize: NormalizeParam, path: str | Path
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors with the names and shapes that our graphs have, and lines for the log of what was changed.
+    """Return the tensors with the names and shapes of our graphs, and lines for the log about the changes.
 
-    Merged BatchNorms get the mean 0 and the variance 1 - eps, with which a fixed BatchNorm computes what was merged.
-    Only what the model lacks under its own name is touched: a user's own layers may have such names and shapes.
+    Merged BatchNorms get the mean 0 and the variance 1 - eps, with which a fixed BatchNorm is the identity but for the
+    merged gamma and beta. Only tensors that the model lacks under their own names are converted: a user's layers may
+    have such names and shapes.
 
     Args:
-        tensors: by name, what the file `path` holds; they stay as they are.
+        tensors: those of the file `path`, by name; not modified.
         expected: the names of the model's parameters and auxiliary states.
 
     Raises:
         ValueError: BatchNorms are merged, but the config's do not have fixed statistics.
     """
-    found, lines = _with_our_names(tensors, expected), []
+    lines: list[str] = []
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        ours = neck_norm_name(name)
+        is_other_spelling = name not in expected and ours in expected and ours not in tensors
+        found[ours if is_other_spelling else name] = tensor
     if renamed := [name for name in tensors if name not in found]:
         lines.append(
             f"{path}: {len(renamed)} tensors of the neck's BatchNorms have SimpleDet's names: {renamed[0]} is "
@@ -64,17 +70,8 @@ def as_ours(
     return found, lines
 
 
-def _with_our_names(tensors: Mapping[str, Tensor], expected: Container[str]) -> dict[str, Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        ours = neck_norm_name(name)
-        is_other_spelling = name not in expected and ours in expected and ours not in tensors
-        found[ours if is_other_spelling else name] = tensor
-    return found
-
-
 def _merged_norms(found: Mapping[str, Tensor], expected: Container[str]) -> list[str]:
-    """Names of the BatchNorms that the model expects statistics of, and the file has merged."""
+    """Return the names of the BatchNorms that are merged in the file, and whose statistics the model expects."""
     norms = []
     for name, tensor in found.items():
         mean = f"{name.removesuffix('_gamma')}_moving_mean"

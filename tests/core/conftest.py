@@ -1,4 +1,4 @@
-"""Small COCO data sets in a temporary folder, and trainings on one."""
+"""Fixtures: small COCO data sets in a temporary folder, and training runs on one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test reads or fills the user's cache."""
+    """Set a temporary cache, so that tests neither read nor write the user's."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("NECKLACE_CACHE", str(folder))
     return folder
@@ -35,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def write_coco(tmp_path: Path) -> Callable[..., ImageSet]:
-    """Writes a data set: images as {file name: (height, width)}, boxes as (image, category id, bbox[, more])."""
+    """Write a data set: images as {file name: (height, width)}, boxes as (image, category id, bbox[, more])."""
 
     def write(
         sides: dict[str, tuple[int, int]],
@@ -85,7 +85,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def load(data_root: Path, tmp_path: Path) -> Run:
-    """The small config with overrides. 9 images twice in batches of 4: 5 steps an epoch."""
+    """Load the small config with overrides. 9 images twice in batches of 4: 5 steps per epoch."""
 
     def load(*overrides: str, name: str = "run") -> Config:
         places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
@@ -96,7 +96,7 @@ def load(data_root: Path, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def run(load: Run) -> Run:
-    """Trains the small config with overrides; `resume` and `name` as keywords."""
+    """Train the small config with overrides; `resume` and `name` are keywords."""
 
     def train(*overrides: str, resume: bool = False, name: str = "run") -> Config:
         config = load(*overrides, name=name)

@@ -109,7 +109,7 @@ def test_the_largest_boxes_stay_in_their_order() -> None:
     corners = [(0, 1), (0, 2), (5, 5), (1, 3), (2, 4), (0, 3)]
     record = make_record(8, 8, [[a, a, b, b, i + 1] for i, (a, b) in enumerate(corners)])
     Pad2DImageBbox(pad_param(8, 8, 3)).apply(record)
-    assert record["gt_bbox"][:, 4].tolist() == [2, 4, 6]  # the last of the three equal ones goes
+    assert record["gt_bbox"][:, 4].tolist() == [2, 4, 6]  # the last of the three equal ones is dropped
 
 
 def test_a_line_of_one_pixel_has_an_area() -> None:
@@ -154,6 +154,6 @@ def test_rename() -> None:
     assert record == {"data": 1, "im_info": 2}
 
 
-def test_rename_of_what_is_not_there_names_both_sides() -> None:
+def test_rename_of_a_missing_entry_names_both_sides() -> None:
     with pytest.raises(ValueError, match=r"no imge in the record, which has image, im_info"):
         RenameRecord({"imge": "data"}).apply({"image": 1, "im_info": 2})

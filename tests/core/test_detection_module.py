@@ -1,4 +1,4 @@
-"""Training end to end, on a dozen drawn images with a very small network."""
+"""Training end to end, on a dozen generated images with a very small network."""
 
 from __future__ import annotations
 
@@ -61,15 +61,16 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert {line["step"] for line in records(tmp_path / "parts")} >= {2, 15}
-    assert not list((tmp_path / "parts").glob("checkpoint-step*"))  # replaced by later ones
+    assert not list((tmp_path / "parts").glob("checkpoint-step*"))  # removed after later ones
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_exit_status_tells_a_stopped_run_from_a_finished_one(
+def test_the_exit_status_of_stopped_and_finished_runs(
     load: Run, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     config = load("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
-    for step, resume, status in ((1, False, 128 + number), (4, True, 0), (0, True, 0)):  # 4: asked in the last step
+    # at 4 the request comes in the last step
+    for step, resume, status in ((1, False, 128 + number), (4, True, 0), (0, True, 0)):
         with monkeypatch.context() as patch:
             stop_at(patch, step, number=number)
             assert fit(config, format_config(config), resume=resume) == status
@@ -89,13 +90,13 @@ def test_a_finished_run_is_not_overwritten(run: Run, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     with pytest.raises(ValueError, match=r"holds a finished run \(1 epochs\).*General.name"):
         run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()")
-    with pytest.raises(ValueError, match=r"not finished.*--resume"):
+    with pytest.raises(ValueError, match=r"unfinished run.*--resume"):
         run()
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
 
 
 @pytest.mark.parametrize("worker", [0, 1])
-@pytest.mark.parametrize("end_epoch", [1, 2])  # of a run of two
+@pytest.mark.parametrize("end_epoch", [1, 2])  # of a run of two epochs
 def test_a_finished_run_resumes_to_nothing(run: Run, tmp_path: Path, end_epoch: int, worker: int) -> None:
     common = ("OptimizeParam.schedule.lr_epoch=()", f"General.loader_worker={worker}")
     run("OptimizeParam.schedule.end_epoch=2", *common)
@@ -107,7 +108,7 @@ def test_a_finished_run_resumes_to_nothing(run: Run, tmp_path: Path, end_epoch: 
     assert "nothing is left to train" in (tmp_path / "run" / "log.txt").read_text()
 
 
-def test_an_evaluation_that_was_cut_off_is_made_up_for(
+def test_an_interrupted_evaluation_is_repeated_on_resume(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = (
@@ -129,12 +130,12 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(
             patch.setattr(detection_module, "_evaluate", killed)
             with pytest.raises(KeyboardInterrupt):
                 run(*common, resume=cut > 5)
-    for _ in range(2):  # the second time there is nothing to make up for
+    for _ in range(2):  # the second time nothing is missing
         run(*common, resume=True)
     assert [record for record in records(tmp_path / "run") if record.get("event") == "eval"] == whole
 
 
-def test_a_folder_that_changes_while_a_run_starts_is_left_alone(
+def test_a_folder_that_changes_while_a_run_starts_is_an_error(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -168,7 +169,7 @@ def test_resume_refuses_another_seed(run: Run, monkeypatch: pytest.MonkeyPatch) 
         run("General.seed=5", resume=True)
 
 
-def test_resume_with_other_images_a_step_ends_the_epoch_with_those_left(
+def test_resume_with_another_global_batch_size_takes_the_rest_of_the_epoch(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 18 samples: 2 steps of 4, then 5 of 2, and epochs 2 and 3 of 9 steps
@@ -208,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_rate_and_images(run: Run
     assert not (tmp_path / "run" / "checkpoint-0002.safetensors").exists()
 
 
-def test_missing_images_are_skipped_where_the_config_says_so(run: Run, data_root: Path, tmp_path: Path) -> None:
+def test_missing_images_are_skipped_if_the_config_says_so(run: Run, data_root: Path, tmp_path: Path) -> None:
     lacking = tmp_path / "lacking"
     shutil.copytree(data_root, lacking)
     victim = sorted((lacking / "demo" / "images" / "train").iterdir())[2]
@@ -274,7 +275,7 @@ def test_an_evaluation_that_does_not_fit_keeps_the_checkpoint(
     assert (tmp_path / "run" / "checkpoint-0001.safetensors").exists()
 
 
-def test_evaluation_without_its_data_stops_before_training(run: Run, tmp_path: Path) -> None:
+def test_an_evaluation_without_data_is_an_error_before_training(run: Run, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"instances_none\.json"):
         run("TestParam.eval_epoch=3", "TestParam.eval_image_set=demo_none")
     assert not (tmp_path / "run").exists()
@@ -289,7 +290,7 @@ def test_another_metric_or_none_is_logged(load: Run, tmp_path: Path) -> None:
     assert record["cls_loss"] > 0
 
 
-def test_fine_tuning_with_another_class_count_takes_what_fits(run: Run, data_root: Path, tmp_path: Path) -> None:
+def test_fine_tuning_with_another_class_count_loads_what_fits(run: Run, data_root: Path, tmp_path: Path) -> None:
     run("OptimizeParam.schedule.end_epoch=1", "OptimizeParam.schedule.lr_epoch=()", name="base")
     weights = tmp_path / "base" / "checkpoint-0001.safetensors"
     two = tmp_path / "two"
@@ -300,7 +301,7 @@ def test_fine_tuning_with_another_class_count_takes_what_fits(run: Run, data_roo
     for annotation in content["annotations"]:
         annotation["category_id"] = 1 + annotation["category_id"] % 2
     path.write_text(json.dumps(content))
-    # a learning rate of next to nothing: what was loaded is still there at the end
+    # a tiny learning rate: the loaded values are still there at the end
     config = run(
         f"ModelParam.init_from={weights}",
         f"DatasetParam.data_root={two}",
@@ -334,7 +335,7 @@ def test_the_pretrained_backbone_is_loaded_and_conv0_stays(run: Run, tmp_path: P
     assert "ResNet-18" in (tmp_path / "tuned" / "log.txt").read_text()
 
 
-def test_a_missing_backbone_says_how_to_go_on(run: Run, tmp_path: Path) -> None:
+def test_a_missing_backbone_is_an_error_with_the_remedy(run: Run, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"get_backbone.py.*from_scratch=True"):
         run("ModelParam.from_scratch=False", f"ModelParam.pretrain.prefix={tmp_path}/none")
     assert not (tmp_path / "run").exists()
@@ -355,7 +356,7 @@ def test_a_run_that_recomputes_ends_in_the_same_bytes(run: Run, tmp_path: Path) 
     assert "memonger: recomputed up to" in (tmp_path / "recomputing" / "log.txt").read_text()
 
 
-def test_accumulating_is_a_step_of_more_images(run: Run, tmp_path: Path) -> None:
+def test_accumulation_equals_a_larger_batch(run: Run, tmp_path: Path) -> None:
     run("General.batch_image=2", "OptimizeParam.accumulate=2")
     lines = records(tmp_path / "run")
     assert [line["step"] for line in lines] == [
@@ -368,5 +369,5 @@ def test_accumulating_is_a_step_of_more_images(run: Run, tmp_path: Path) -> None
         12,
         14,
         15,
-    ]  # 5 steps of 4 an epoch, as in batches of 4
+    ]  # 5 steps of 4 per epoch, as in batches of 4
     assert "18 samples per epoch, 5 steps" in (tmp_path / "run" / "log.txt").read_text()

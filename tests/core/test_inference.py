@@ -1,4 +1,4 @@
-"""Testing end to end: result file, AP, pictures and refusals, with an untrained network."""
+"""Testing end to end: result file, AP, pictures and errors, with an untrained network."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_result_and_ap_are_those_of_pycocotools(
     assert tested.result == tmp_path / "run" / "demo_val_result.json"
     entries = json.loads(tested.result.read_text())
     assert {entry["image_id"] for entry in entries} == {1, 2, 3, 4, 5}
-    assert len(entries) == 5 * 100  # max_det_per_image of each
+    assert len(entries) == 5 * 100  # max_det_per_image each
     with redirect_stdout(io.StringIO()):
         truth = COCO(str(data_root / "demo" / "annotations" / "instances_val.json"))
         direct = COCOeval(truth, truth.loadRes(str(tested.result)), "bbox")
@@ -95,7 +95,7 @@ def test_boxes_lie_in_the_original_image(data_root: Path, tmp_path: Path) -> Non
     for image in tested.detections:
         width, height = sides[image.im_id]
         scale = 128 / max(width, height)
-        # the input's last pixel, brought back to the original
+        # the input's last pixel, in the original image
         assert image.bbox[:, :2].min() >= 0
         assert image.bbox[:, 2].max() <= (width * scale - 1) / scale + 1e-3
         assert image.bbox[:, 3].max() <= (height * scale - 1) / scale + 1e-3
@@ -118,7 +118,7 @@ def test_the_batch_size_changes_nothing(data_root: Path, tmp_path: Path) -> None
 
 
 def test_in_process(rank: int, data_root: Path, folder: Path, size: int, overrides: list[str]) -> Any:
-    """One of several processes: its results, (im_id, path, bytes of the numbers) of each image, and what it printed."""
+    """Test on one rank; returns its results, (im_id, path, bytes of the numbers) per image, and its printed lines."""
     printed = io.StringIO()
     with redirect_stdout(printed):
         results = run_test(load(data_root, folder, *overrides), None, None, num_draw=0, group=ProcessGroup(rank, size))
@@ -136,13 +136,13 @@ test_in_process.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 @pytest.mark.parametrize(
     "size, overrides",
     [
-        (2, ["TestParam.batch_image=2"]),  # batches of 2 and 1 images for one process, of 2 for the other
-        (2, ["TestParam.batch_image=8"]),  # nothing for the other
+        (2, ["TestParam.batch_image=2"]),  # batches of 2 and 1 images for one rank, of 2 for the other
+        (2, ["TestParam.batch_image=8"]),  # no batch for the other
         (3, ["TestParam.batch_image=1", "TestParam.min_det_score=0.011"]),  # images with fewer detections, and none
         (2, ["TestParam.batch_image=2", "ResizeParam.short=128", "ResizeParam.long=256"]),
     ],
 )
-def test_processes_find_what_one_finds(data_root: Path, tmp_path: Path, size: int, overrides: list[str]) -> None:
+def test_processes_detect_the_same_as_one(data_root: Path, tmp_path: Path, size: int, overrides: list[str]) -> None:
     config = load(data_root, tmp_path, *overrides)
     save_untrained(config)
     result = tmp_path / "run" / "demo_val_result.json"
@@ -157,7 +157,7 @@ def test_processes_find_what_one_finds(data_root: Path, tmp_path: Path, size: in
 
 
 class FixedCandidates(nn.Module):
-    """In place of a network: two images' three candidates, (N, M, C + 1) and (N, M, 4)."""
+    """Stub of a network: three candidates for each of two images, (N, M, C + 1) and (N, M, 4)."""
 
     def forward(self, data: Tensor, im_info: Tensor) -> tuple[Tensor, Tensor]:
         score = torch.zeros(2, 3, 3)
@@ -278,7 +278,7 @@ def test_a_test_of_other_weights_leaves_the_newest_ones_result_alone(data_root: 
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-def test_other_weights_are_tested_beside_a_damaged_checkpoint_or_none(data_root: Path, tmp_path: Path) -> None:
+def test_other_weights_are_tested_without_a_valid_checkpoint(data_root: Path, tmp_path: Path) -> None:
     config = load(data_root, tmp_path)
     weights = save_untrained(config).rename(tmp_path / "mine.safetensors")
     for _ in range(2):
@@ -287,13 +287,13 @@ def test_other_weights_are_tested_beside_a_damaged_checkpoint_or_none(data_root:
         (tmp_path / "run" / "checkpoint-0007.safetensors").write_bytes(b"damaged")
 
 
-def test_a_batch_that_does_not_fit_is_told(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_too_large_is_explained(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     config = load(data_root, tmp_path, "TestParam.batch_image=4")
     save_untrained(config)
-    monkeypatch.setattr("core.inference._suppress", full)
+    monkeypatch.setattr("core.inference._apply_nms", full)
     with pytest.raises(MemoryError, match=r"out of memory at the test .*--set TestParam\.batch_image=2"):
         run_test(config, None, None, num_draw=0)
 
@@ -314,7 +314,7 @@ def test_weights_of_other_classes_are_refused(data_root: Path, tmp_path: Path) -
 def test_simpledets_merged_checkpoint_detects_the_same(
     data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its fixed BatchNorms are gamma * x + beta in the file, and the neck's have its names."""
+    """Fixed BatchNorms are gamma * x + beta in its files, and those of the neck have other names."""
     config = load(data_root, tmp_path, "NormalizeParam.type=fixbn", "ModelParam.from_scratch=False")
     weights = dict(lower(config.ModelParam.test_symbol, seed=1).state_dict())
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the operators refuse, how they pass gradients on, and their CUDA half, which is compiled and not run."""
+"""The operators in MXNet: invalid arguments, gradients, and their CUDA half, which is compiled but not run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("mxnet", reason="MXNet 1.9.1 is not in this environment: mak
 
 import symbol as S
 from core.engine.schedule import LrSchedule
-from core.engine_mxnet.graph import RateOfStep, load_symbol
+from core.engine_mxnet.graph import MxnetLrScheduler, load_symbol
 from operator_cxx.mxnet_ops import load_mxnet
 from operator_cxx.mxnet_ops.build import build
 from operator_cxx.reference.focal_loss import focal_loss
@@ -33,7 +33,7 @@ def random_logits() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("divisor", [1.0, 5.0])
 def test_focal_loss_under_a_make_loss(divisor: float) -> None:
-    """With out_grad the gradient of what follows counts: here of a division by the synced count."""
+    """With out_grad the head gradient is used: here that of a division by the synced count."""
     mx = load_mxnet()
     logit, label = random_logits()
     loss = S._contrib_FocalLoss(var("data"), var("label"), out_grad=True, name="focal")
@@ -110,12 +110,12 @@ def test_other_types_are_refused() -> None:
 
 
 def test_the_learning_rate_of_an_update() -> None:
-    """MXNet's optimizer asks for its first update with the number 1."""
+    """MXNet's optimizer counts updates from 1."""
     mx = load_mxnet()
     schedule = LrSchedule(
         lr=0.5, iter_per_epoch=8, end_epoch=1, lr_epoch=(0.5,), lr_factor=0.1, warmup_epoch=0.25, warmup_lr_factor=0.5
     )
-    sgd = mx.optimizer.SGD(learning_rate=schedule.lr, lr_scheduler=RateOfStep(schedule))
+    sgd = mx.optimizer.SGD(learning_rate=schedule.lr, lr_scheduler=MxnetLrScheduler(schedule))
     weight, gradient = mx.nd.zeros(1), mx.nd.ones(1)
     for step in range(8):
         before = weight.asscalar()
@@ -123,7 +123,7 @@ def test_the_learning_rate_of_an_update() -> None:
         assert before - weight.asscalar() == pytest.approx(schedule.lr_at(step), rel=1e-4)
 
 
-def test_a_library_that_is_up_to_date_stays(tmp_path: Path) -> None:
+def test_a_library_that_is_up_to_date_is_not_rebuilt(tmp_path: Path) -> None:
     path = tmp_path / "necklace_mxnet.so"
     assert build(path)
     assert not build(path)

@@ -1,4 +1,4 @@
-"""Training by MXNet on several devices and machines: CPUs of this one stand in for both."""
+"""Training by MXNet on several devices and machines, for both of which CPUs of this machine are used."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ Trained = tuple[list[list[float]], dict[str, Tensor], dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """9 images twice: of 4 a step the fifth has 2."""
+    """Generate 9 images, each trained on twice: of 4 per step, the fifth step has 2."""
     root = tmp_path_factory.mktemp("data")
     make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
     return root
 
 
 def train(data_root: Path, steps: int, *overrides: str, engine: str = "mxnet") -> Trained:
-    """Losses and gradient norms of the last steps of an epoch, weights and statistics, and momentum."""
+    """Return losses and gradient norms of the last steps of an epoch, weights and statistics, and momentum."""
     places = [f"DatasetParam.data_root={data_root}"]
     config = load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
     loader = make_train_loader(config, num_device=config.KvstoreParam.num_device)
@@ -85,8 +85,8 @@ TWO = ("General.batch_image=2", "KvstoreParam.processes=2")
 
 @pytest.mark.parametrize("kvstore", ["local", "device"])
 @pytest.mark.parametrize("sync_loss", [False, True])
-def test_devices_train_as_one_that_adds_up_their_batches(data_root: Path, kvstore: str, sync_loss: bool) -> None:
-    """The same sums in the same order, to float32's last digits; the losses of every batch by its own boxes."""
+def test_devices_train_as_one_that_accumulates_their_batches(data_root: Path, kvstore: str, sync_loss: bool) -> None:
+    """Sums are equal to float32's last digits; the losses of each batch are divided by its own boxes."""
     common = (f"RpnParam.sync_loss={sync_loss}",)
     several = train(data_root, 3, *TWO, *common, f"KvstoreParam.kvstore={kvstore}")
     adding = train(data_root, 3, *common, "General.batch_image=2", "OptimizeParam.accumulate=2")
@@ -99,7 +99,7 @@ def test_devices_train_as_one_that_adds_up_their_batches(data_root: Path, kvstor
 
 
 def test_steps_are_those_of_torch(data_root: Path) -> None:
-    """Also where two devices of four have no image, as in the epoch's last step."""
+    """This includes an epoch's last step, in which two devices of four have no image."""
     four = ("General.batch_image=1", "RpnParam.sync_loss=True")
     ours = train(data_root, 2, *four, "KvstoreParam.processes=4")
     theirs = train(data_root, 2, *four, "OptimizeParam.accumulate=4", engine="torch")
@@ -108,7 +108,7 @@ def test_steps_are_those_of_torch(data_root: Path) -> None:
 
 
 def command(data_root: Path, folder: Path, name: str, *overrides: str) -> list[str]:
-    """A training by MXNet, as a user starts it, without the interpreter."""
+    """Return the user's command for a training by MXNet, without the interpreter."""
     places = [f"General.output_root={folder}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
     values = [*SMALL, *places, *overrides]
     arguments = ["--engine", "mxnet", "--gpus", "cpu", *[one for value in values for one in ("--set", value)]]
@@ -147,12 +147,12 @@ def run(arguments: list[str], folder: Path) -> str:
 
 
 def test_machines_train_as_devices_of_one(data_root: Path, tmp_path: Path) -> None:
-    """kvstore dist_sync: a scheduler and two servers, which end with the run."""
+    """kvstore dist_sync has a scheduler and two servers, which end with the run."""
     common = ("General.loader_worker=1", "TestParam.eval_epoch=1")
     run(command(data_root, tmp_path, "devices", *TWO, *common), tmp_path)
     run([*TORCHRUN, *command(data_root, tmp_path, "machines", *MACHINES, *common, "General.batch_image=2")], tmp_path)
     log = (tmp_path / "machines" / "log.txt").read_text()
-    assert "on cpu(0) on each of 2 machines, in float32, gradients added up by kvstore dist_sync" in log
+    assert "on cpu(0) on each of 2 machines, in float32, gradients summed by kvstore dist_sync" in log
     ours, theirs = ([line for line in records(tmp_path / name) if "lr" in line] for name in ("machines", "devices"))
     assert len(ours) == len(theirs) == 5
     assert [line["cls_loss"] for line in ours] == pytest.approx([line["cls_loss"] for line in theirs], rel=1e-5)
@@ -163,14 +163,14 @@ def test_machines_train_as_devices_of_one(data_root: Path, tmp_path: Path) -> No
 
 
 def servers(folder: Path) -> dict[int, int]:
-    """The schedulers and servers of kvstores that `start` started for this folder: process to parent."""
+    """Return the kvstore's schedulers and servers that `start` started for this folder: process to parent."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
             is_ours = str(folder).encode() in (process / "environ").read_bytes()
             parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         if b"core.engine_mxnet.server" in words and is_ours:
             found[int(process.name)] = parent
@@ -191,7 +191,7 @@ def free_port() -> str:
 
 
 def start_machines(data_root: Path, folder: Path, *values: tuple[str, ...]) -> list[subprocess.Popen[str]]:
-    """Two, each with overrides of its own, without a launcher that would notice the end of one; they train for long."""
+    """Start a long training on two machines, with overrides each, without a launcher that would detect lost ones."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     variables["NECKLACE_TIMEOUT"] = "10"
     common = (*MACHINES, "General.batch_image=1", "OptimizeParam.schedule.end_epoch=50")
@@ -217,31 +217,31 @@ def is_training(folder: Path) -> bool:
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_machine_that_is_lost_ends_the_others(data_root: Path, tmp_path: Path, lost: int) -> None:
-    """At once, or where they wait for its gradients after NECKLACE_TIMEOUT. And no server stays behind."""
+    """They end at once, or after NECKLACE_TIMEOUT if they wait for its gradients. No server is left running."""
     processes = start_machines(data_root, tmp_path)
     until(lambda: is_training(tmp_path), 60)
     processes[lost].kill()
     output = outputs(processes)[1 - lost]
     assert processes[1 - lost].returncode == 75, output
-    assert "rank 1 was last" in output or "another machine was lost" in output or "notes is gone" in output
+    assert "rank 1 was last" in output or "another machine was lost" in output or "held them is gone" in output
     until(lambda: not servers(tmp_path), 5)
 
 
 def test_a_server_that_stalls_ends_all(data_root: Path, tmp_path: Path) -> None:
-    """MXNet waits for it without end."""
+    """MXNet itself would wait for it forever."""
     processes = start_machines(data_root, tmp_path)
     until(lambda: is_training(tmp_path), 60)
     stalled = next(server for server, parent in servers(tmp_path).items() if parent == processes[1].pid)
     os.kill(stalled, signal.SIGSTOP)
     until(lambda: all(process.poll() is not None for process in processes), 40)
-    os.kill(stalled, signal.SIGKILL)  # it holds their output
+    os.kill(stalled, signal.SIGKILL)  # its output is theirs
     shown = outputs(processes)
     assert [process.returncode for process in processes] == [75, 75]
     assert any("MXNet's kvstore waited for 10 s" in output for output in shown)
 
 
-def test_machines_that_differ_say_so(data_root: Path, tmp_path: Path) -> None:
-    """Before MXNet, in which each would wait for the other."""
+def test_machines_with_different_configs_are_an_error(data_root: Path, tmp_path: Path) -> None:
+    """The error comes before MXNet starts, in which the machines would wait for each other."""
     processes = start_machines(data_root, tmp_path, ("KvstoreParam.processes=1",), ("KvstoreParam.processes=2",))
     for output in outputs(processes):
         assert "the processes differ in number of devices" in output
@@ -249,7 +249,7 @@ def test_machines_that_differ_say_so(data_root: Path, tmp_path: Path) -> None:
 
 
 def test_synced_statistics_are_those_of_all_devices(data_root: Path, tmp_path: Path) -> None:
-    """Four devices with an image each are one with all of them, where the losses are synced too; also in the epoch's
+    """Four devices with one image each equal one with all four, if the losses are synced too; also in the epoch's
     last step, in which two have none."""
     synced = ("NormalizeParam.type=syncbn", "RpnParam.sync_loss=True")
     four = ("General.batch_image=1", "KvstoreParam.processes=4")

@@ -1,4 +1,4 @@
-"""Training and testing by MXNet, on a dozen drawn images with a very small network."""
+"""Training and testing by MXNet, on a dozen generated images with a very small network."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lo
 
 
 def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The same log lines with nearly the same losses, and a checkpoint that both engines read."""
+    """Log lines are the same with nearly equal losses, and both engines read the checkpoint."""
     torch_run, mxnet_run = load("torch"), load("mxnet")
     detection_module.fit(torch_run, format_config(torch_run))
     detection_module.fit(mxnet_run, format_config(mxnet_run), engine="mxnet")
@@ -91,7 +91,7 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("devices", [(), ("General.batch_image=2", "KvstoreParam.processes=2")], ids=["one", "two"])
-def test_resuming_goes_on_from_the_momentum(
+def test_resuming_restores_the_momentum(
     load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, devices: tuple[str, ...]
 ) -> None:
     whole, parts = load("whole", *devices), load("parts", *devices)
@@ -106,8 +106,8 @@ def test_resuming_goes_on_from_the_momentum(
         torch.testing.assert_close(ended[1][name], value, rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a resume with another number of images a step MXNet's count of updates is not the step."""
+def test_the_rate_is_that_of_the_step_and_momentum_may_be_zero(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume with another global batch size, MXNet's number of updates differs from the step."""
     common = ("OptimizeParam.optimizer.momentum=0", "OptimizeParam.schedule.lr_epoch=1")
     config = load("moved", *common, "OptimizeParam.schedule.end_epoch=2")
     plain = MxnetTrainer.step
@@ -128,7 +128,7 @@ def test_the_rate_is_that_of_the_step_and_momentum_may_be_none(load: Load, monke
     assert all(ours == pytest.approx(theirs) for ours, theirs in used)
 
 
-def test_gpus_that_mxnet_does_not_have_are_named(load: Load) -> None:
+def test_gpus_that_mxnet_does_not_find_are_named(load: Load) -> None:
     config = load("gpus", "KvstoreParam.gpus=0,1")
     with pytest.raises(ValueError, match="asks for the GPUs 0,1; this MXNet finds 0"):
         detection_module.fit(config, format_config(config), engine="mxnet")

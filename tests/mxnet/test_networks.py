@@ -1,4 +1,4 @@
-"""The five published networks, trained and tested by both engines: doc/benchmarks/parity.md has the numbers."""
+"""The five published networks, trained and tested by both engines; doc/benchmarks/parity.md has the numbers."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_both_engines_agree(config: Path) -> None:
     parity = compare(config)
     for number in ("losses", "gradients", "statistics", "weights", "update", "maps", "scores"):
         assert 0 <= getattr(parity, number) < 1e-4, number
-    assert 0 <= parity.boxes < 5e-4  # of the image's side: large anchors times the exponential of a delta
-    # float32 rounds on the way, in MXNet more than in torch: a wrong definition would not be off by so little
+    assert 0 <= parity.boxes < 5e-4  # relative to the image's side: large anchors times the exponential of a delta
+    # rounding of float32, in MXNet more than in torch; a wrong definition would differ by far more
     assert parity.torch_single < 0.5
     assert parity.mxnet_single < 0.5
 
@@ -30,7 +30,7 @@ def test_both_engines_agree(config: Path) -> None:
 @pytest.mark.parametrize("is_train", [True, False])
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_json_of_the_published_graphs(config: Path, is_train: bool) -> None:
-    """At their published size and precision: names, shapes, and back again."""
+    """The published size and precision: names, shapes, and the round trip."""
     ours = load_config(str(config), is_train, ("DatasetParam.data_root=none", "RpnParam.num_class=81"))
     graph = ours.ModelParam.train_symbol if is_train else ours.ModelParam.test_symbol
     theirs = load_symbol(graph)

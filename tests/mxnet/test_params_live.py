@@ -1,4 +1,4 @@
-"""Weights and graphs against MXNet 1.9.1 itself: run by the Python of its own environment, skipped in others."""
+"""Weights and graphs against MXNet 1.9.1 itself; skipped in environments without it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TYPES = ("float32", "float64", "float16", "uint8", "int32", "int8", "int64", "bo
 
 
 def random_arrays() -> dict[str, Any]:
-    """An array of every type that MXNet's front end knows, of one to five sides."""
+    """Return an array of every type that MXNet's front end has, with one to five dimensions."""
     rng = np.random.default_rng(0)
     return {
         f"{('arg', 'aux')[i % 2]}:{name}": mx.nd.array(
@@ -75,7 +75,7 @@ def test_mxnet_loads_what_we_write_in_every_layout(tmp_path: Path, layout: Layou
 
 
 def test_numpys_shapes(tmp_path: Path) -> None:
-    """Only under its NumPy semantics does MXNet write and load the third layout."""
+    """MXNet writes and loads the third layout only under its NumPy semantics."""
     source, again = tmp_path / "a.params", tmp_path / "b.params"
     with mx.util.np_shape(True), mx.util.np_array(True):
         mx.npx.save(str(source), {"scalar": mx.np.array(7.0), "empty": mx.np.ones((0, 3))})
@@ -96,14 +96,14 @@ def test_sparse_arrays_are_refused_by_name(tmp_path: Path, kind: str, name: str)
 
 @pytest.mark.parametrize("name", ["mxnet191_named", "mxnet191_list"])
 def test_the_stored_files_are_mxnets(name: str, tmp_path: Path) -> None:
-    """What it reads of them, it writes as the same bytes."""
+    """MXNet reads them and writes the same bytes."""
     loaded = mx.nd.load(str(GOLDEN / f"{name}.params"))
     mx.nd.save(str(tmp_path / "a.params"), loaded)
     assert (tmp_path / "a.params").read_bytes() == (GOLDEN / f"{name}.params").read_bytes()
 
 
 def test_a_module_checkpoint(tmp_path: Path) -> None:
-    """Module.save_checkpoint's two files: the graph loads, and the weights have its names."""
+    """Module.save_checkpoint writes two files: the graph is loaded, and the weights have its names."""
     x = mx.sym.Convolution(mx.sym.var("data"), num_filter=2, kernel=(3, 3), no_bias=True, name="conv0")
     x = mx.sym.BatchNorm(x, fix_gamma=False, name="bn0")
     module = mx.mod.Module(x, label_names=None)
@@ -121,7 +121,7 @@ def test_a_module_checkpoint(tmp_path: Path) -> None:
 
 
 def every_node(sym: Any) -> Any:
-    """MXNet's symbol with the vocabulary's nodes, a weight that two layers share, and outputs beyond the first."""
+    """Return MXNet's symbol with the vocabulary's nodes, a weight that two layers share, and further outputs."""
     data = sym.var("data", shape=(2, 3, 16, 16), dtype="float32", lr_mult=0.5, init=mx.init.Zero())
     weight = sym.var("weight")
     a = sym.Convolution(data, weight, num_filter=3, kernel=(3, 3), pad=(1, 1), no_bias=True, name="conv")
@@ -153,11 +153,11 @@ def test_a_graph_of_mxnets_and_back() -> None:
         assert shapes == [[tuple(shape) for shape in kind] for kind in theirs.infer_shape(data=(2, 3, 16, 16))]
     hints = {"__lr_mult__": "0.5", "__init__": '["zero", {}]', "__shape__": "(2, 3, 16, 16)", "__dtype__": "0"}
     assert ours.attr_dict()["data"] == hints
-    assert again.attr_dict()["data"] == theirs.attr_dict()["data"]  # it shows lr_mult under two names
+    assert again.attr_dict()["data"] == theirs.attr_dict()["data"]  # MXNet returns lr_mult under two names
 
 
 def test_our_backbone_and_pyramid_load_in_mxnet() -> None:
-    """Up to the head: what the custom operators need is tested with them."""
+    """The graph ends before the head, whose custom operators have tests of their own."""
     normalizer = normalizer_factory("localbn")
     neck: Any = SimpleNamespace(num_stage=1, dim_reduced=8, S0_kernel=1, normalizer=normalizer)
     ours = S.Group(NASFPNNeck(neck).get_rpn_feature(resnet_v1b(18, normalizer, False, 8)))

@@ -1,4 +1,4 @@
-"""Every operator that we lower, against MXNet's own on random inputs and attributes; its JSON both ways.
+"""Every operator that we lower, against MXNet's on random inputs and attributes, with its JSON in both directions.
 
 N images, C channels or classes, A anchors per cell, H, W, K anchors of all levels.
 """
@@ -77,7 +77,7 @@ def pooling(r: Random) -> tuple[Symbol, Inputs]:
         "global_pool": bool(r.randint(4) == 0),
     }
     height, width = sides(r)
-    if attrs["pooling_convention"] == "full":  # windows that start behind the data have no meaning
+    if attrs["pooling_convention"] == "full":  # windows that start beyond the data are undefined
         height += -(height + 2 * attrs["pad"][0] - kernel[0]) % attrs["stride"][0]
         width += -(width + 2 * attrs["pad"][1] - kernel[1]) % attrs["stride"][1]
     return S.Pooling(var("data"), name="op", **attrs), {"data": normal(r, 2, 3, height, width)}
@@ -122,11 +122,11 @@ def elementwise(op: str, broadcast: bool = False) -> Callable[[Random], tuple[Sy
         shapes = [[2, 3, 4], [2, 3, 4]]
         for axis in range(3 if broadcast else 0):
             shapes[r.randint(2)][axis] = int(r.choice([1, shapes[0][axis]]))
-        if broadcast:  # of unequal ranks, too
+        if broadcast:  # also of unequal ranks
             cut = int(r.randint(2))
             shapes[cut] = shapes[cut][int(r.randint(3)) :]
         lhs, rhs = normal(r, *shapes[0]), normal(r, *shapes[1])
-        rhs = rhs + np.sign(rhs)  # no division by almost nothing
+        rhs = rhs + np.sign(rhs)  # no division by nearly zero
         return S.create(op, var("lhs"), var("rhs"), name="op"), {"lhs": lhs, "rhs": rhs}
 
     return make
@@ -182,7 +182,7 @@ def gen_proposal(r: Random) -> tuple[Symbol, Inputs]:
     A, C, (H, W), stride = int(r.randint(1, 4)), int(r.randint(1, 4)), sides(r), 16
     corner = r.uniform(-30, 150, (H * W * A, 2))
     inputs = {
-        "prob": r.permutation(2 * A * C * H * W).reshape(2, A * C, H, W) / (2 * A * C * H * W),  # no two are equal
+        "prob": r.permutation(2 * A * C * H * W).reshape(2, A * C, H, W) / (2 * A * C * H * W),  # distinct scores
         "delta": 0.5 * r.standard_normal((2, 4 * A, H, W)),
         "im_info": np.array([[16 * H, 16 * W - 5, 1], [16 * H - 9, 16 * W, 2]]),
         "anchors": np.concatenate([corner, corner + r.uniform(5, 90, (H * W * A, 2))], 1),
@@ -219,13 +219,13 @@ CASES: Mapping[str, Callable[[Random], tuple[Symbol, Inputs]]] = {
     "_contrib_GenAnchor": gen_anchor,
     "_contrib_GenProposalRetina": gen_proposal,
 }
-LOSSES = ("MakeLoss", "_contrib_FocalLoss")  # their values are sums here, and they take no gradient from above
+LOSSES = ("MakeLoss", "_contrib_FocalLoss")  # their values are sums here, and they ignore the head gradient
 NOT_DIFFERENTIATED = ("_contrib_GenAnchor", "_contrib_GenProposalRetina")
 
 
 @pytest.mark.parametrize("op", ["broadcast_mul", "broadcast_div"])
 def test_broadcasting_infers_the_shapes_that_mxnet_infers(op: str) -> None:
-    """Shapes that fit and shapes that do not, of equal and of unequal ranks."""
+    """The shapes fit or do not, and have equal or unequal ranks."""
     graph = S.create(op, var("lhs"), var("rhs"), name="op")
     theirs = load_symbol(graph)
     seen = set()
@@ -261,7 +261,7 @@ def test_every_operator_is_tried() -> None:
 
 
 def run_mxnet(graph: Any, inputs: Inputs, heads: list[np.ndarray], training: bool) -> tuple[list[Any], Inputs, Inputs]:
-    """Outputs, gradients and statistics."""
+    """Return outputs, gradients and statistics."""
     mx = load_mxnet()
     arrays = {name: mx.nd.array(value, dtype=value.dtype) for name, value in inputs.items()}
     auxiliary = {name: arrays.pop(name) for name in graph.list_auxiliary_states()}
@@ -319,7 +319,7 @@ def test_operator(op: str, seed: int) -> None:
     their_shapes = theirs.infer_shape(**{name: inputs[name].shape for name in graph.list_inputs()})
     assert [list(map(tuple, part)) for part in their_shapes] == [list(part) for part in shapes]
     back = S.load_json(theirs.tojson())
-    assert json.loads(back.tojson()) == json.loads(graph.tojson())  # MXNet sorts attributes in its own way
+    assert json.loads(back.tojson()) == json.loads(graph.tojson())  # MXNet orders attributes differently
     dtype = np.float64 if op == "Cast" and graph.entries[0][0].attrs["dtype"] == "float64" else np.float32
     heads = [normal(r, *shape).astype(dtype) for shape in shapes[1]]
     for training in (False, True):

@@ -1,4 +1,4 @@
-"""MXNet's own Gluon ResNets as backbones: what they compute is what ours compute with their weights."""
+"""MXNet's Gluon ResNets as backbones: ours compute the same with their weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CASES = [(50, resnet_v1, "v1"), (18, resnet_v1b, "v1b")]
 
 
 def random_network(depth: int, pixels: np.ndarray) -> Any:
-    """With biases, gammas, betas and statistics that are neither 0 nor 1, which a mistake would show."""
+    """Return a network with biases, gammas, betas and statistics other than 0 and 1, so that errors show."""
     network = mx.gluon.model_zoo.vision.get_resnet(1, depth)
     network.initialize()
     network.hybridize()
@@ -65,7 +65,7 @@ def test_c5_is_theirs(tmp_path: Path, depth: int, build: Any, variant: str) -> N
             c5 = module(data=torch.from_numpy(pixels))[3].numpy()
         assert c5.shape == expected.shape == (1, 512 if depth == 18 else 2048, 2, 3)
         assert np.abs(c5 - expected).max() <= 1e-4 * np.abs(expected).max()
-        for name in shapes:  # so that the next file cannot profit from this one
+        for name in shapes:  # so that the next file starts without the loaded values
             module.state_dict()[name].zero_()
 
 

@@ -1,4 +1,4 @@
-"""Weights between MXNet's .params and .safetensors."""
+"""Conversion of weights between MXNet's .params and .safetensors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_to_safetensors_and_back(params: Path, capsys: pytest.CaptureFixture[str
     }
 
 
-def test_what_comes_out_is_a_checkpoint(params: Path) -> None:
+def test_the_result_is_a_checkpoint(params: Path) -> None:
     convert(params, params.with_suffix(".safetensors"))
     for tensors, progress in (load_weights(params.with_suffix(".safetensors")), load_given_weights(params)):
         assert tensors.keys() == WEIGHTS.keys()
@@ -87,12 +87,12 @@ def test_an_existing_file_is_replaced_only_by_force(params: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("names", [("a.params", "b.params"), ("a.safetensors", "b.pth"), ("a", "b.params")])
-def test_two_formats_that_are_not_these(tmp_path: Path, names: tuple[str, str]) -> None:
+def test_other_formats_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
     with pytest.raises(ValueError, match=r"expected one \.params and one \.safetensors file, got .*a"):
         convert(tmp_path / names[0], tmp_path / names[1])
 
 
-def test_nothing_is_left_of_what_fails(tmp_path: Path, params: Path) -> None:
+def test_a_failed_conversion_leaves_no_file(tmp_path: Path, params: Path) -> None:
     params.write_bytes(params.read_bytes()[:-1])
     safetensors.torch.save_file({"count": torch.tensor(3)}, tmp_path / "scalar.safetensors")
     with pytest.raises(SystemExit, match="error: no file"):
@@ -112,7 +112,7 @@ def test_a_name_that_safetensors_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_a_network_keeps_what_it_computes(tmp_path: Path) -> None:
-    """From a module through both formats into another, the outputs stay."""
+    """A module's outputs do not change when its weights pass through both formats."""
     x = S.Convolution(S.var("data"), name="conv0", num_filter=2, kernel=(3, 3), no_bias=True)
     graph = S.BatchNorm(x, name="bn0", fix_gamma=False)
     shape = (1, 3, 6, 6)

@@ -1,4 +1,4 @@
-"""The download with a stand-in for huggingface_hub: no test uses the network."""
+"""The download with a stub of huggingface_hub: no test uses the network."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, answer: Path | OSError) -> list[tu
 
 @pytest.fixture
 def resnet18(tmp_path: Path) -> Path:
-    """A file with enough names to be known as ResNet-18."""
+    """Write a file with enough names to be recognised as ResNet-18."""
     tensors = {"conv1.weight": torch.zeros(64, 3, 7, 7)}
     for stage, units in enumerate(UNITS_18, start=1):
         for unit in range(units):
@@ -44,7 +44,7 @@ def resnet18(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_file_lands_where_training_looks(
+def test_the_file_is_written_where_training_looks_for_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resnet18: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = stand_in(monkeypatch, resnet18)

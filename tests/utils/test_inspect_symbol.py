@@ -23,7 +23,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def small_graph() -> S.Symbol:
-    """Two layers with one weight: 3 x 3 x 3 x 3 parameters, and a BatchNorm's 2 x 3."""
+    """Return two layers that share a weight: 3 x 3 x 3 x 3 parameters, and a BatchNorm's 2 x 3."""
     weight = S.var("weight")
     layer: dict[str, Any] = {"weight": weight, "num_filter": 3, "kernel": (3, 3), "no_bias": True}
     x = S.Convolution(S.Convolution(S.var("data"), name="a", **layer), name="b", **layer)
@@ -46,7 +46,7 @@ def test_the_table() -> None:
     ]
 
 
-def test_what_does_not_follow_is_a_question_mark() -> None:
+def test_an_unknown_size_is_a_question_mark() -> None:
     lines = table(small_graph(), {})
     assert [line.split() for line in lines[1:3]] == [["Convolution", "a", "?", "?"], ["Convolution", "b", "?"]]
     assert lines[-1] == "3 operators, ? (give --shape) parameters; inputs: data ?"
@@ -61,7 +61,7 @@ def test_shapes_that_contradict_each_other() -> None:
 
 
 def labelled(symbol: S.Symbol) -> dict[str, set[str]]:
-    """Boxes and what feeds them, as texts."""
+    """Return boxes and their inputs as texts."""
     return {
         f"{box.title} {box.label}": {f"{s.title} {s.label}" for s in feeds} for box, feeds in wiring(symbol).items()
     }
@@ -79,14 +79,14 @@ def test_the_wiring_of_nas_fpn() -> None:
     assert edges["S1 P4_4"] == {"S1 P4_2", "S1 P3_3"}
     assert edges["S1 P5_5"] == {"S1 P4_4", "S1 P3_3", "S0 P5"}
     assert edges["S1 P7_6"] == {"S1 P5_5", "S1 P4_2", "S0 P7"}
-    assert edges["S1 P6_7"] == {"S1 P7_6", "S1 P5_5"}  # not S0 P6, which only gives its size
+    assert edges["S1 P6_7"] == {"S1 P7_6", "S1 P5_5"}  # not S0 P6, of which only the size is used
     assert edges["S2 P4_1"] == {"S1 P6_7", "S1 P4_4"}
     assert len(edges) == 6 + 5 + 2 * 7
 
 
 def test_the_wiring_of_fpn() -> None:
     edges = labelled(pyramid(RetinaNetNeck))
-    assert edges["FPN sum"] == {"FPN lateral", "FPN sum"}  # of both levels
+    assert edges["FPN sum"] == {"FPN lateral", "FPN sum"}  # both levels
     levels = {
         (box.level, box.label): {(s.level, s.label) for s in feeds}
         for box, feeds in wiring(pyramid(RetinaNetNeck)).items()
@@ -121,7 +121,7 @@ def test_boxes_by_name(name: str, box: Box | None) -> None:
 
 @pytest.mark.parametrize("neck", [NASFPNNeck, TopDownBottomUpFPNNeck, RetinaNetNeck])
 def test_the_picture(neck: type) -> None:
-    """Well-formed; levels are rows, the coarsest on top; every box and arrow is there, within the picture."""
+    """It is well-formed; levels are rows, the coarsest on top; all boxes and arrows are inside the picture."""
     feeds = wiring(pyramid(neck))
     root = ET.fromstring(picture(feeds))
     labels = [text for text in root.iter(f"{SVG}text") if not text.get("font-weight")]
@@ -131,7 +131,7 @@ def test_the_picture(neck: type) -> None:
     arrows = [path for path in root.iter(f"{SVG}path") if path.get("marker-end")]
     assert len(arrows) == sum(map(len, feeds.values()))
     places = {(text.get("x"), text.get("y")) for text in labels}
-    assert len(places) == len(feeds)  # none on another
+    assert len(places) == len(feeds)  # no box on another
     assert all(0 < int(x or 0) < int(root.get("width", "")) for x, _ in places)
     assert all(0 < int(y or 0) < int(root.get("height", "")) for _, y in places)
 
@@ -179,7 +179,7 @@ def test_bad_files_are_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_reader_that_stops_early(tmp_path: Path) -> None:
-    """`| head` ends it without a word."""
+    """`| head` ends it without a message."""
     nodes: list[dict[str, Any]] = [{"op": "null", "name": "x"}]
     nodes += [{"op": "Cast", "name": f"n{i}", "attrs": {"dtype": "float32"}, "inputs": [[i, 0]]} for i in range(5000)]
     (tmp_path / "a.json").write_text(json.dumps({"nodes": nodes, "heads": [[5000, 0]]}))

@@ -1,4 +1,4 @@
-"""The demo data set: outlines, boxes of what is visible, and files that COCO's own tools read."""
+"""The demo data set: outlines, boxes of the visible pixels, and files that pycocotools reads."""
 
 import colorsys
 import json
@@ -32,10 +32,10 @@ def content(out: Path, split: str) -> dict:
     "name, area",
     [
         ("circle", math.pi),
-        ("cross", 2 * 1.9 * 0.6 - 0.6**2),  # two bars of 1.9 x 0.6, their common square counted once
+        ("cross", 2 * 1.9 * 0.6 - 0.6**2),  # two bars of 1.9 x 0.6, with their common square counted once
         ("ring", math.pi * (1 - 0.55**2)),
         ("square", 2.0),
-        # Ten triangles from the centre: an outer corner (radius 1) and an inner one (radius cos 72 / cos 36).
+        # ten triangles from the centre: an outer corner (radius 1) and an inner one (radius cos 72 / cos 36).
         ("star", 10 * 0.5 * math.cos(0.4 * math.pi) / math.cos(0.2 * math.pi) * math.sin(0.2 * math.pi)),
         ("triangle", 3 * math.sqrt(3) / 4),
     ],
@@ -54,7 +54,7 @@ def test_paint_reports_covered_pixels_and_whole_size() -> None:
     rng = np.random.default_rng(0)
     red = np.array([250.0, 0, 0])
     covered, whole = demo._paint(rng, canvas, demo._circle, (60.0, 20.0), 10.0, lambda: red, 75)
-    # A circle centred on the right border: its left half is seen, columns 50..59 and rows 10..29.
+    # a circle centred on the right border: its left half is visible, columns 50..59 and rows 10..29
     assert whole == pytest.approx(math.pi * 100, rel=0.02)
     assert covered.sum() == pytest.approx(whole / 2, rel=0.02)
     assert demo._tight_box(1, covered).xyxy == (50, 10, 59, 29)
@@ -67,7 +67,7 @@ def test_paint_reports_covered_pixels_and_whole_size() -> None:
 @pytest.mark.parametrize(
     "columns, expected",
     [
-        (5, [(5, 0, 9, 9), (0, 0, 4, 9)]),  # half of the first shape stays: its box is what is seen
+        (5, [(5, 0, 9, 9), (0, 0, 4, 9)]),  # half of the first shape is visible: its box covers that
         (6, [(6, 0, 9, 9), (0, 0, 5, 9)]),  # 40 of 100 pixels are just enough
         (7, [(0, 0, 6, 9)]),  # 30 are not
     ],
@@ -142,7 +142,7 @@ def test_variety(made: Path) -> None:
     assert {entry["id"] for entry in data["images"]} - with_boxes == {25, 50}
 
 
-def test_same_arguments_same_bytes(made: Path, tmp_path: Path) -> None:
+def test_equal_arguments_give_equal_bytes(made: Path, tmp_path: Path) -> None:
     demo.make_demo_dataset(tmp_path, train=50, val=10, size=96, seed=3)
     files = sorted(path.relative_to(made) for path in made.rglob("*.*"))
     assert len(files) == 62
@@ -150,7 +150,7 @@ def test_same_arguments_same_bytes(made: Path, tmp_path: Path) -> None:
         assert (tmp_path / path).read_bytes() == (made / path).read_bytes(), path
 
 
-def test_smaller_set_is_the_beginning_and_seed_and_split_matter(made: Path, tmp_path: Path) -> None:
+def test_a_smaller_set_is_the_start_of_a_larger_one(made: Path, tmp_path: Path) -> None:
     demo.make_demo_dataset(tmp_path / "small", train=3, val=1, size=96, seed=3)
     demo.make_demo_dataset(tmp_path / "other", train=1, val=1, size=96, seed=4)
     small = content(tmp_path / "small", "train")

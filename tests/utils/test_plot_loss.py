@@ -1,4 +1,4 @@
-"""The training log and its picture."""
+"""Reading of the training log, and its picture."""
 
 import json
 from pathlib import Path
@@ -52,7 +52,7 @@ def test_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
     assert evaluations == [evaluation(10, 0.1)]
 
 
-def test_cut_off_last_line_is_passed_over(tmp_path: Path) -> None:
+def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
     train, _ = plot_loss.read_log(write(tmp_path / "log.jsonl", line(10), tail='{"step": 20, "cls'))
     assert [record["step"] for record in train] == [10]
 

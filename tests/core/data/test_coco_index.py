@@ -144,7 +144,7 @@ IMAGE = {"id": 100, "file_name": "a.png", "height": 20, "width": 30}
         ({"info": BOX}, "1 objects have the keys of an annotation, but 'annotations' holds 0"),
     ],
 )
-def test_faults_are_told_with_file_and_entry(write_coco: WriteCoco, replaced: dict[str, Any], message: str) -> None:
+def test_errors_name_file_and_entry(write_coco: WriteCoco, replaced: dict[str, Any], message: str) -> None:
     image_set = write_coco(ONE, **replaced)
     with pytest.raises(ValueError, match=message) as caught:
         open_index(image_set)
@@ -171,14 +171,14 @@ def test_missing_images_are_counted_and_named(write_coco: WriteCoco) -> None:
 
 
 def settle(folder: Path, seconds: int = 60) -> None:
-    """As if nothing had changed in a folder for so long."""
+    """Set a folder's modification time to the past."""
     then = time.time_ns() - seconds * 10**9
     os.utime(folder, ns=(then, then))
 
 
 @pytest.fixture
 def listings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The folders that are listed."""
+    """Record the folders that are listed."""
     found: list[str] = []
     listdir = os.listdir
     monkeypatch.setattr(os, "listdir", lambda path: (found.append(str(path)), listdir(path))[1])
@@ -204,7 +204,7 @@ def test_an_image_that_vanishes_after_a_good_check_is_missed(write_coco: WriteCo
         settle(place)
     open_index(image_set)
     (folder / victim).rename(folder / "elsewhere")
-    for _ in range(2):  # what was found missing is not remembered as found
+    for _ in range(2):  # a failed check is not stored
         with pytest.raises(FileNotFoundError, match=f"1 of 2 images .*: {victim};"):
             open_index(image_set)
     (folder / "elsewhere").rename(folder / victim)
@@ -222,9 +222,9 @@ def test_a_whole_folder_that_vanishes_is_missed(write_coco: WriteCoco) -> None:
         open_index(image_set)
 
 
-def test_a_folder_of_the_last_moments_is_listed_again(write_coco: WriteCoco, listings: list[str]) -> None:
+def test_a_folder_modified_just_now_is_listed_again(write_coco: WriteCoco, listings: list[str]) -> None:
     image_set = write_coco(ONE)
-    for _ in range(2):  # a file may still vanish within the resolution of the time stamps
+    for _ in range(2):  # a file may still be removed within the resolution of the time stamps
         open_index(image_set)
     assert len(listings) == 2
 
@@ -239,7 +239,7 @@ def test_image_sets_that_share_a_json_have_folders_of_their_own(write_coco: Writ
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"3", b'{"/none": 5}', b"\xff"])
-def test_a_damaged_note_of_the_folders_is_no_answer(
+def test_a_damaged_record_of_the_folders_is_ignored(
     write_coco: WriteCoco, cache: Path, listings: list[str], content: bytes
 ) -> None:
     image_set = write_coco(ONE)
@@ -251,7 +251,7 @@ def test_a_damaged_note_of_the_folders_is_no_answer(
     assert len(listings) == 2
 
 
-def test_a_cache_that_takes_no_note_costs_a_listing_each_time(
+def test_with_a_read_only_cache_folders_are_listed_each_time(
     write_coco: WriteCoco, listings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read_only(path: Path) -> None:
@@ -316,7 +316,7 @@ def damage_nothing_but(name: str, content: bytes) -> Callable[[Path], object]:
         lambda folder: (folder / "image_id.npy").unlink(),
     ],
 )
-def test_a_damaged_index_is_built_again(write_coco: WriteCoco, cache: Path, damage: Callable[[Path], object]) -> None:
+def test_a_damaged_index_is_rebuilt(write_coco: WriteCoco, cache: Path, damage: Callable[[Path], object]) -> None:
     image_set = write_coco(ONE, [(0, 3, [1, 1, 2, 2])])
     open_index(image_set)
     (folder,) = cache.iterdir()
@@ -324,7 +324,7 @@ def test_a_damaged_index_is_built_again(write_coco: WriteCoco, cache: Path, dama
     index = open_index(image_set)
     assert index.gt_bbox(0).tolist() == [[1, 1, 2, 2, 1]]
     assert index.height.tolist() == [20]
-    assert list(cache.iterdir()) == [folder]  # nothing temporary stays
+    assert list(cache.iterdir()) == [folder]  # no temporary files are left
 
 
 def test_a_cache_that_cannot_be_written_names_the_variable(write_coco: WriteCoco, tmp_path: Path) -> None:
@@ -358,7 +358,7 @@ def test_an_index_that_another_process_has_just_stored_stays(
     load = coco_index._load
 
     def slow_load(folder: Path, image_set: ImageSet) -> coco_index.CocoIndex:
-        """Finds nothing; before the caller can act on that, the other process is done."""
+        """Find no index; the other process completes one before the caller can react."""
         monkeypatch.setattr(coco_index, "_load", load)
         open_index(image_set)
         (folder / "theirs").touch()

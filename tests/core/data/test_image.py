@@ -15,7 +15,7 @@ H, W = 12, 20
 
 
 def ramp() -> np.ndarray:
-    """(H, W, 3) uint8, every channel and every direction different."""
+    """Return (H, W, 3) uint8 with distinct channels and directions."""
     y, x = np.mgrid[:H, :W]
     return np.stack([10 * y, 10 * x, 5 * y + 2 * x], axis=2).astype(np.uint8)
 
@@ -57,7 +57,7 @@ def test_16_bit_colour_keeps_the_upper_eight(tmp_path: Path) -> None:
 
 
 def test_cmyk(tmp_path: Path) -> None:
-    """Pure cyan ink is (0, 255, 255), black ink (0, 0, 0): an inverted reading gives red and white."""
+    """Pure cyan ink is (0, 255, 255) and black ink (0, 0, 0); inverted decoding would give red and white."""
     ink = np.zeros((H, W, 4), np.uint8)
     ink[:, : W // 2, 0] = 255
     ink[:, W // 2 :, 3] = 255
@@ -100,7 +100,7 @@ def test_exif_is_ignored_where_the_annotations_have_the_stored_size(tmp_path: Pa
     "orientation, upright",
     [
         (5, lambda a: a.transpose(1, 0, 2)),
-        (6, lambda a: np.rot90(a, -1)),  # stored turned to the left: shown turned to the right
+        (6, lambda a: np.rot90(a, -1)),  # stored rotated to the left, shown rotated to the right
         (7, lambda a: np.rot90(a, 2).transpose(1, 0, 2)),
         (8, lambda a: np.rot90(a)),
     ],

@@ -151,7 +151,7 @@ def test_a_restart_continues_with_the_batches_that_would_have_come(
 
 
 def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The batches of all processes as one."""
+    """Concatenate the batches of all ranks."""
     lists = {name: [item for part in parts for item in part[name]] for name in ("files", "skipped")}
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name not in lists} | lists
 
@@ -159,10 +159,10 @@ def joined(parts: list[dict[str, Any]]) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("long", [32, 64])
 def test_processes_share_the_batches_of_one_process(image_set: ImageSet, long: int, size: int) -> None:
-    # 16 samples by 3 a process: 3, 6, 9 or 24 a step, of which none divides 16, nor the 4 that are portrait
+    # 16 samples by 3 per rank: 3, 6, 9 or 24 per step, of which none divides 16, nor the 4 that are portrait
     end_step = 2 * train(image_set, 0, long, batch_image=3 * size).iter_per_epoch
     whole = list(train(image_set, 0, long, batch_image=3 * size, end_step=end_step))
-    ranks = [list(train(image_set, 0, long, rank=rank, size=size, end_step=end_step)) for rank in range(size)]
+    ranks = [list(train(image_set, 0, long, rank=rank, world_size=size, end_step=end_step)) for rank in range(size)]
     steps = [list(parts) for parts in zip(*ranks, strict=True)]
     assert all(same(one, joined(parts)) for one, parts in zip(whole, steps, strict=True))
     numbers = [[len(part["image"]) for part in parts] for parts in steps]
@@ -173,7 +173,7 @@ def test_processes_share_the_batches_of_one_process(image_set: ImageSet, long: i
 
 @pytest.mark.parametrize("num_worker", [0, 1])
 def test_a_process_without_images_has_tensors_of_their_shapes(image_set: ImageSet, num_worker: int) -> None:
-    ranks = [list(train(image_set, num_worker, 64, rank=rank, size=8, end_step=2)) for rank in range(8)]
+    ranks = [list(train(image_set, num_worker, 64, rank=rank, world_size=8, end_step=2)) for rank in range(8)]
     assert (
         sorted(len(batch["image"]) for rank in ranks for batch in rank) == [0] * 4 + [1] * 8 + [2] * 4
     )  # 4 portrait, 12 landscape samples
@@ -187,7 +187,7 @@ def test_a_process_without_images_has_tensors_of_their_shapes(image_set: ImageSe
 
 
 def images_of(batches: TrainLoader) -> list[tuple[str, bytes]]:
-    """All that a loader shows, as it was cut out of its file."""
+    """Return (file, pixels) of all images of a loader."""
     return [
         (file, image.numpy().tobytes())
         for batch in batches
@@ -196,11 +196,11 @@ def images_of(batches: TrainLoader) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("long", [32, 64])
-def test_an_epoch_goes_on_with_another_number_of_processes(image_set: ImageSet, long: int) -> None:
+def test_an_epoch_continues_with_a_different_number_of_processes(image_set: ImageSet, long: int) -> None:
     position = Position()
     shown: list[tuple[str, bytes]] = []
     for size, steps in ((1, 2), (2, 1), (1, 1), (3, None)):
-        ranks = [train(image_set, 0, long, rank=rank, size=size, start=position) for rank in range(size)]
+        ranks = [train(image_set, 0, long, rank=rank, world_size=size, start=position) for rank in range(size)]
         first = ranks[0].start_step
         end_step = ranks[0].iter_per_epoch if steps is None else first + steps
         for rank in ranks:
@@ -234,7 +234,7 @@ def test_a_start_in_another_step_size_ends_with_the_epoch(image_set: ImageSet) -
     resumed = train(image_set, start=Position(2, 5))  # 11 samples left: 4 steps of at most 3
     assert resumed.start_step == 2 * 6 + 2
     assert [len(batch["files"]) for batch in train(image_set, start=Position(2, 5), end_step=18)] == [3, 3, 3, 2]
-    assert train(image_set).position_at(15) == Position(2, 9)  # as without a start: 3 steps of 3
+    assert train(image_set).position_at(15) == Position(2, 9)  # as from the start of an epoch: 3 steps of 3
 
 
 def test_without_an_end_epochs_follow_each_other(image_set: ImageSet) -> None:
@@ -273,9 +273,9 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
     )
 
 
-def test_a_process_has_batch_image_images_a_step(image_set: ImageSet) -> None:
+def test_a_rank_has_batch_image_images_per_step(image_set: ImageSet) -> None:
     alone = loader.make_train_loader(config((image_set,)))
-    first = loader.make_train_loader(config((image_set,)), rank=0, size=3)
+    first = loader.make_train_loader(config((image_set,)), rank=0, world_size=3)
     assert (alone.iter_per_epoch, first.iter_per_epoch) == (8, 3)  # 16 samples by 2 and by 6
     assert len(next(iter(alone))["image"]) == len(next(iter(first))["image"]) == 2
 
@@ -329,14 +329,14 @@ def test_nothing_to_train_on_is_an_error(
     write_coco: WriteCoco, boxes: list[Any], replaced: dict[str, Any], message: str
 ) -> None:
     index = open_index(write_coco({"a.png": (9, 9)}, boxes, **replaced))
-    with pytest.raises(ValueError, match=f"no image to work on.*{message}"):
+    with pytest.raises(ValueError, match=f"no image is left.*{message}"):
         DetectionDataset([index], [])
 
 
 def test_no_image_and_no_image_set_are_errors(write_coco: WriteCoco) -> None:
-    with pytest.raises(ValueError, match=r"no image to work on.*0 images"):
+    with pytest.raises(ValueError, match=r"no image is left.*0 images"):
         DetectionDataset([open_index(write_coco({}))], [], keep_empty=True)
-    with pytest.raises(ValueError, match=r"no image to work on\. none is named"):
+    with pytest.raises(ValueError, match=r"no image is left\. no image set is named"):
         DetectionDataset([], [])
 
 
@@ -356,7 +356,7 @@ def test_a_truncated_image_is_named_in_one_line(image_set: ImageSet, num_worker:
 
 
 def damage(image_set: ImageSet, name: str) -> str:
-    """Truncates an image file, or removes it if it is an odd one; its path."""
+    """Truncate an image file, or remove it if its number is odd. Returns its path."""
     file = Path(image_set.image_dir) / name
     if int(file.stem) % 2:
         file.unlink()
@@ -367,14 +367,14 @@ def damage(image_set: ImageSet, name: str) -> str:
 
 @pytest.mark.parametrize("num_worker", [0, 2])
 @pytest.mark.parametrize("long", [32, 64])
-def test_another_image_stands_in_for_one_that_cannot_be_read(image_set: ImageSet, num_worker: int, long: int) -> None:
+def test_an_image_that_cannot_be_read_is_replaced_by_another(image_set: ImageSet, num_worker: int, long: int) -> None:
     whole = list(train(image_set, 0, long, end_step=12))
     skipping = train(image_set, num_worker, long, end_step=12, bad_image_limit=2)
     bad = {damage(image_set, "4.png"): "truncated", damage(image_set, "5.png"): "not found"}  # landscape and portrait
     batches = list(skipping)
     good = {file for batch in whole for file in batch["files"]} - bad.keys()
     for before, now in zip(whole, batches, strict=True):
-        assert before["image"].shape == now["image"].shape  # as many, and of one orientation
+        assert before["image"].shape == now["image"].shape  # as many images, and of one orientation
         for i, file in enumerate(before["files"]):
             if file in bad:
                 assert now["files"][i] in good
@@ -382,24 +382,24 @@ def test_another_image_stands_in_for_one_that_cannot_be_read(image_set: ImageSet
                 assert now["files"][i] == file
                 assert torch.equal(now["image"][i], before["image"][i])
     skipped = [item for batch in batches for item in batch["skipped"]]
-    assert sorted(path for path, _ in skipped) == sorted(bad)  # once, though each comes four times
+    assert sorted(path for path, _ in skipped) == sorted(bad)  # reported once, though each occurs four times
     assert all(path in wrong and bad[path] in wrong for path, wrong in skipped)
-    for file in bad:  # at its first turn, or earlier as one that would have stood in
+    for file in bad:  # at its own sample, or earlier as a candidate to replace another
         met = next(step for step, batch in enumerate(whole) if file in batch["files"])
-        told = next(step for step, batch in enumerate(batches) if file in dict(batch["skipped"]))
-        assert told <= met
+        reported = next(step for step, batch in enumerate(batches) if file in dict(batch["skipped"]))
+        assert reported <= met
 
 
-def test_what_stands_in_is_the_same_for_every_number_of_processes(image_set: ImageSet) -> None:
+def test_replacements_do_not_depend_on_the_number_of_processes(image_set: ImageSet) -> None:
     damage(image_set, "4.png")
     whole = list(train(image_set, batch_image=6, end_step=6, bad_image_limit=9))
-    ranks = [list(train(image_set, rank=rank, size=2, end_step=6, bad_image_limit=9)) for rank in (0, 1)]
+    ranks = [list(train(image_set, rank=rank, world_size=2, end_step=6, bad_image_limit=9)) for rank in (0, 1)]
     for one, *parts in zip(whole, *ranks, strict=True):
         assert one["files"] == joined(parts)["files"]
         assert torch.equal(one["image"], joined(parts)["image"])
 
 
-def test_stand_ins_of_one_step_differ() -> None:
+def test_replacements_in_one_step_differ() -> None:
     for portrait in (None, np.arange(40) % 2 == 0):
         for samples in epoch_batches(0, 0, 40, 4, portrait)[:4]:
             spares = [spare_samples(0, 0, 40, 4, portrait, int(sample)) for sample in samples]
@@ -419,7 +419,7 @@ def test_more_bad_images_than_the_limit_stop_with_the_last_ones_named(image_set:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("limit, message", [(3, "bad_image_limit: 4 image files"), (50, "nothing is left to stand in")])
+@pytest.mark.parametrize("limit, message", [(3, "bad_image_limit: 4 image files"), (50, "no sample is left to")])
 def test_no_readable_image_is_an_error(image_set: ImageSet, limit: int, message: str) -> None:
     batches = train(image_set, batch_image=1, bad_image_limit=limit)
     for i in range(8):
@@ -446,7 +446,7 @@ def test_the_config_chooses_what_a_bad_image_does(image_set: ImageSet) -> None:
     skipping.end_step = 8
     assert [path for batch in skipping for path, _ in batch["skipped"]] == [file]
     with pytest.raises(ValueError, match=r"4\.png"):
-        list(loader.make_test_loader(chosen, image_set))  # testing needs them all
+        list(loader.make_test_loader(chosen, image_set))  # a test requires all images
 
 
 class Raise:
@@ -468,9 +468,9 @@ def test_a_bug_in_a_transform_keeps_its_traceback_and_names_the_image(image_set:
     dataset = DetectionDataset([open_index(image_set)], [Raise(ZeroDivisionError("bug"))])
     with pytest.raises(ZeroDivisionError) as caught:
         list(TrainLoader(dataset, batch_image=1, square=True, num_worker=num_worker, end_epoch=1))
-    told = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
-    assert "while preparing" in told
-    assert ".png" in told
+    text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
+    assert "while preparing" in text
+    assert ".png" in text
 
 
 def test_images_that_were_not_padded_are_named(image_set: ImageSet) -> None:
@@ -502,7 +502,7 @@ def start_reading(read: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize("gpus, pinned", [((), False), ((0,), True)])
 def test_memory_is_pinned_for_gpus_alone(monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], pinned: bool) -> None:
-    """A run with --gpus cpu on a machine with a GPU starts no CUDA context."""
+    """A run with --gpus cpu on a machine with a GPU creates no CUDA context."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert _pins_memory(cast(Config, SimpleNamespace(KvstoreParam=SimpleNamespace(gpus=gpus)))) is pinned
     seen = {}

@@ -1,4 +1,4 @@
-"""What several processes compute together is what one computes on all of their images."""
+"""Gradients, statistics and messages across processes: training equals that of one process on all images."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ SMALL = [
 
 
 def train(rank: int, size: int, steps: int, overrides: list[str]) -> dict[str, torch.Tensor]:
-    """The state after some steps in float64, in which the order of sums does not show: with few values a channel BN
-    carries float32's roundings far."""
+    """Return the state after some steps in float64, which hides the order of sums: with few values per channel, BN
+    amplifies float32's rounding errors."""
     config: Config = load_config(str(DEMO), is_train=True, overrides=overrides)
     group = ProcessGroup(rank, size) if size > 1 else SINGLE_PROCESS
-    loader = make_train_loader(config, rank=rank, size=size)
+    loader = make_train_loader(config, rank=rank, world_size=size)
     loader.end_step = steps
     trainer, _ = build_trainer(config, torch.device("cpu"), loader.iter_per_epoch, None, group)
     trainer.module.double().register_forward_pre_hook(_widen, with_kwargs=True)
@@ -48,7 +48,7 @@ def _widen(_: torch.nn.Module, positional: tuple[Any, ...], inputs: dict[str, An
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """9 images twice, 4 a step: every fifth step has 2, and of 4 processes 2 have none."""
+    """Return overrides for 9 images twice, 4 per step: every fifth step has 2, so that 2 of 4 processes have none."""
     root = tmp_path_factory.mktemp("data")
     make_demo_dataset(root / "demo", train=9, val=4, size=128, seed=3)
     return [*SMALL, f"DatasetParam.data_root={root}", "NormalizeParam.type=syncbn", "RpnParam.sync_loss=True"]
@@ -82,7 +82,7 @@ def test_batches_that_a_process_adds_up_are_as_many_processes(
 
 
 def averaged(rank: int, bucket_bytes: int) -> list[torch.Tensor]:
-    """Gradients of three parameters, of which the second gets none, after two passes; the first is not averaged."""
+    """Return the gradients of three parameters after two passes; the second is unused, the first pass not averaged."""
     parameters = [torch.nn.Parameter(torch.ones(n)) for n in (3, 2, 4)]
     average = GradientAverage(parameters, ProcessGroup(rank, dist.get_world_size()), bucket_bytes)
     (100 * parameters[0]).sum().backward()
@@ -112,7 +112,7 @@ def agreed(rank: int) -> tuple[bool, bool, list[float]]:
     )
 
 
-def test_what_processes_ask_of_each_other() -> None:
+def test_collectives() -> None:
     assert run_in_processes(agreed) == [(True, False, [0.5, 0.5, 5.0])] * 2
     assert (SINGLE_PROCESS.any_rank(True), SINGLE_PROCESS.any_rank(False)) == (True, False)
 
@@ -123,20 +123,20 @@ def heard(rank: int) -> list[list[str]]:
     for number in range(2):
         for line in range(rank * (2 - number)):
             group.send_message(f"rank {rank} round {number} line {line}")
-        group.any_rank(False)  # all have told
+        group.any_rank(False)  # all have sent their lines
         rounds.append(sorted(group.receive_messages()) if group.is_main_process else [])
         group.any_rank(False)
     return rounds
 
 
-def test_the_first_process_hears_every_line_once() -> None:
+def test_the_main_process_receives_every_message_once() -> None:
     first, *others = run_in_processes(heard, size=3)
-    told = [f"rank {rank} round 0 line {line}" for rank in (1, 2) for line in range(2 * rank)]
-    assert first == [told, ["rank 1 round 1 line 0", "rank 2 round 1 line 0", "rank 2 round 1 line 1"]]
+    sent = [f"rank {rank} round 0 line {line}" for rank in (1, 2) for line in range(2 * rank)]
+    assert first == [sent, ["rank 1 round 1 line 0", "rank 2 round 1 line 0", "rank 2 round 1 line 1"]]
     assert others == [[[], []]] * 2
 
 
-def test_processes_that_do_not_come_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_that_do_not_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     place = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "NECKLACE_TIMEOUT": "2"}
     for name, value in place.items():
         monkeypatch.setenv(name, value)

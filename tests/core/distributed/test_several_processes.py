@@ -1,4 +1,4 @@
-"""Training in two processes on the CPU, by the command that a user gives, and what it survives."""
+"""Training in two processes on the CPU, by the user's command: stopped, killed and stalled processes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a training of 20 steps: 9 images twice, 4 images a step. The folder of all runs is `start.root`."""
+    """Start a training of 20 steps: 9 images twice, 4 per step. The folder of all runs is `start.root`."""
     root = tmp_path_factory.mktemp("runs")
 
     def start(
@@ -64,18 +64,18 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> str:
 
 @pytest.fixture(scope="module")
 def whole(start: Callable[..., subprocess.Popen[str]]) -> Path:
-    """The folder of a run that nothing disturbed."""
+    """Return the folder of an uninterrupted run."""
     finish(start("whole"))
     return start.root / "whole" / "run"  # type: ignore[attr-defined]
 
 
 def last(folder: Path) -> tuple[bytes, bytes]:
-    """The weights and the momentum at the end."""
+    """Return the final weights and momentum."""
     return tuple((folder / f"checkpoint-0004{part}.safetensors").read_bytes() for part in ("", ".state"))  # type: ignore[return-value]
 
 
 def workers(process: subprocess.Popen[str]) -> dict[int, int]:
-    """Process numbers by rank of those that the launcher started."""
+    """Return the process ids of the launcher's processes, by rank."""
     found = {}
     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
@@ -86,7 +86,7 @@ def workers(process: subprocess.Popen[str]) -> dict[int, int]:
 
 
 def wait_for_step(folder: Path, step: int) -> None:
-    """Until the log tells of this step."""
+    """Wait until the log has this step."""
     deadline = time.monotonic() + TIMEOUT
     log = folder / "log.jsonl"
     while not log.exists() or f'"step": {step},' not in log.read_text():
@@ -116,7 +116,7 @@ def test_a_killed_process_is_replaced(start: Callable[..., subprocess.Popen[str]
     os.kill(workers(process)[rank], signal.SIGKILL)
     output = finish(process)
     assert f"rank {rank} was killed by signal 9" in output
-    assert "starting all again from the newest checkpoint" in output
+    assert "restarting all from the newest checkpoint" in output
     assert last(folder) == last(whole)
 
 
@@ -131,6 +131,6 @@ def test_a_stalled_process_is_named_and_replaced(start: Callable[..., subprocess
     assert last(folder) == last(whole)
 
 
-def test_a_number_of_processes_that_the_config_is_not_for(start: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_number_of_processes_that_does_not_match_the_config(start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start("wrong", RANK="0", WORLD_SIZE="3", LOCAL_RANK="0")
     assert "the launcher started 3 processes, and the config is for 2 devices" in finish(process, status=1)

@@ -1,4 +1,4 @@
-"""GPUs that are not there, and memory that is not there."""
+"""Missing GPUs, and running out of memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from config.load import load_config
 from core.data.loader import make_train_loader
 from core.engine.device import require_gpus
-from core.engine.out_of_memory import explained_memory
+from core.engine.out_of_memory import explain_out_of_memory
 from core.engine.trainer import build_trainer
 from tests.core.conftest import Run
 from tests.small_config import DEMO, SMALL_NETWORK
@@ -24,9 +24,9 @@ NASFPN = "config/NASFPN/retina_r50v1b_nasfpn_640_7@256_25epoch.py"
 @pytest.mark.parametrize(
     "present, overrides, said",
     [
-        (1, [], ["this machine has 1", "--gpus 0: an update is of 8 images", "rate 0.01", "accumulate=8", "rate 0.08"]),
-        (2, ["OptimizeParam.accumulate=2"], ["--gpus 0,1: an update is of 32 images", "accumulate=8", "128 images"]),
-        (0, [], ["--gpus cpu: an update is of 8 images"]),
+        (1, [], ["this machine has 1", "0: the global batch size is then 8", "rate 0.01", "accumulate=8", "of 0.08"]),
+        (2, ["OptimizeParam.accumulate=2"], ["0,1: the global batch size is then 32", "accumulate=8", "of 128"]),
+        (0, [], ["--gpus cpu: the global batch size is then 8"]),
         (4, ["OptimizeParam.optimizer.lr=0.05"], ["rate 0.04 (the config sets 0.05)", "accumulate=2"]),
     ],
 )
@@ -50,7 +50,7 @@ def test_the_linear_rule_counts_what_is_accumulated() -> None:
 
 
 def step_with_little_memory(_: int, overrides: list[str]) -> str:
-    """The error of a step on images of 1024 x 1024 in a process that may not get 300 MB more."""
+    """Return the error of a step on images of 1024 x 1024 in a process limited to 300 MB more than it has."""
     config = load_config(str(DEMO), is_train=True, overrides=overrides)
     trainer, _ = build_trainer(config, torch.device("cpu"), 5, None)
     batch = next(iter(make_train_loader(config)))
@@ -58,19 +58,19 @@ def step_with_little_memory(_: int, overrides: list[str]) -> str:
     limit = pages * resource.getpagesize() + 300 * 10**6
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        with explained_memory(config, torch.device("cpu"), "step 7"):
+        with explain_out_of_memory(config, torch.device("cpu"), "step 7"):
             trainer.step([batch], 7)
     except MemoryError as error:
         return str(error)
-    return "it had enough"
+    return "the memory sufficed"
 
 
-def test_memory_that_is_not_there_is_explained(load: Run) -> None:
+def test_running_out_of_memory_is_explained(load: Run) -> None:
     sides = ["ResizeParam.short=1024", "ResizeParam.long=1024"]
     base = [*SMALL_NETWORK, f"DatasetParam.data_root={load().DatasetParam.data_root}", *sides]
     (message,) = run_in_processes(step_with_little_memory, [*base, "General.batch_image=6"], size=1)
     for part in (
-        "out of memory at step 7 on the CPU: it asked for ",
+        "out of memory at step 7 on the CPU: it requested ",
         "A step of 6 images of 1024 x 1024 needs at least ",
         "--set General.batch_image=3 --set OptimizeParam.accumulate=2",
         "--set ModelParam.memonger=True",
@@ -80,11 +80,11 @@ def test_memory_that_is_not_there_is_explained(load: Run) -> None:
 
 
 @pytest.mark.parametrize("batch, smaller", [(5, "--set TestParam.batch_image=2"), (1, "a batch is one image already")])
-def test_a_test_that_does_not_fit_needs_other_ways_out(load: Run, batch: int, smaller: str) -> None:
+def test_a_test_that_does_not_fit_has_other_options(load: Run, batch: int, smaller: str) -> None:
     config = load(f"TestParam.batch_image={batch}", "ResizeParam.short=256", "ResizeParam.long=256")
     with (
         pytest.raises(MemoryError) as error,
-        explained_memory(config, torch.device("cpu"), "the evaluation after epoch 3", is_test=True),
+        explain_out_of_memory(config, torch.device("cpu"), "the evaluation after epoch 3", is_test=True),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     message = str(error.value)
@@ -95,11 +95,14 @@ def test_a_test_that_does_not_fit_needs_other_ways_out(load: Run, batch: int, sm
 
 def test_other_errors_stay_what_they_are(load: Run) -> None:
     config: Any = load()
-    with pytest.raises(RuntimeError, match="shapes") as error, explained_memory(config, torch.device("cpu"), "step 0"):
+    with (
+        pytest.raises(RuntimeError, match="shapes") as error,
+        explain_out_of_memory(config, torch.device("cpu"), "step 0"),
+    ):
         raise RuntimeError("shapes differ")
     assert not isinstance(error.value, MemoryError)
     with (
-        pytest.raises(MemoryError, match=r"asked for 20.00 MiB more"),
-        explained_memory(config, torch.device("cpu"), "step 0"),
+        pytest.raises(MemoryError, match=r"requested 20.00 MiB more"),
+        explain_out_of_memory(config, torch.device("cpu"), "step 0"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity")

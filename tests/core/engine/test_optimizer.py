@@ -91,14 +91,14 @@ def test_a_parameter_without_gradient_still_decays() -> None:
     assert torch.equal(parameters["bn0_beta"], before["bn0_beta"])
 
 
-def test_zero_grad_forgets_gradients() -> None:
+def test_zero_grad_sets_gradients_to_none() -> None:
     parameters = make_parameters()
     set_gradients(parameters, 0)
     make_sgd(parameters).zero_grad()
     assert all(p.grad is None for p in parameters.values())
 
 
-def test_a_resumed_run_goes_on_bit_for_bit() -> None:
+def test_a_resumed_run_continues_bit_for_bit() -> None:
     straight = make_parameters()
     sgd = make_sgd(straight)
     for step in range(4):

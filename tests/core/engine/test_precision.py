@@ -1,4 +1,4 @@
-"""Half precision, on the CPU's slow float16: what is computed in it, what is not, and overflow."""
+"""Half precision, on the CPU's slow float16: the operators that compute in it, and overflow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from config.schema import Config, General
 from core.data.loader import make_train_loader
 from core.engine import precision
-from core.engine.precision import MOST_SKIPPED, LossScale, LossScaleState, Precision, cpu_has_bfloat16
+from core.engine.precision import MAX_SKIPPED, LossScale, LossScaleState, Precision, cpu_has_bfloat16
 from core.engine.trainer import Trainer, build_trainer
 from core.weights.checkpoint import latest
 from models.record import Batch
@@ -26,8 +26,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def computed_in(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Lets this CPU compute in the type, as a GPU would."""
+def compute_dtype(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let this CPU compute in the type, as a GPU would."""
 
     def choose(dtype: str) -> None:
         monkeypatch.setattr("core.engine.trainer.precision", lambda *_: (dtype, f"computing in {dtype}"))
@@ -62,7 +62,7 @@ def test_a_cpu_computes_in_bfloat16_where_its_processor_does(
     assert not cpu_has_bfloat16(tmp_path / "none")
 
 
-def test_a_gpu_computes_in_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_computes_in_the_requested_type(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert precision.precision(General(fp16=True, tf32=False), gpu) == (
@@ -85,7 +85,7 @@ def test_a_gpu_computes_in_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def switches() -> Iterator[None]:
-    """Torch's process-wide switches, restored after the test."""
+    """Restore torch's process-wide switches after the test."""
     conv, matmul, cudnn = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn
     before = conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic
     yield
@@ -94,18 +94,18 @@ def switches() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "general, computed_in, float32",
+    "general, compute_dtype, float32",
     [
-        (General(fp16=False), "float32", "ieee"),  # where parity is asked for
+        (General(fp16=False), "float32", "ieee"),  # for parity
         (General(fp16=False, tf32=True), "float32", "tf32"),
         (General(), "float16", "tf32"),
         (General(tf32=False, deterministic=True), "float16", "ieee"),
     ],
 )
-def test_arithmetic_on_a_gpu(switches: None, general: General, computed_in: Precision, float32: str) -> None:
-    precision.configure_arithmetic(general, computed_in, CPU)
-    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # torch's own default: nothing was touched
-    precision.configure_arithmetic(general, computed_in, torch.device("cuda", 0))
+def test_arithmetic_on_a_gpu(switches: None, general: General, compute_dtype: Precision, float32: str) -> None:
+    precision.configure_arithmetic(general, compute_dtype, CPU)
+    assert torch.backends.cudnn.conv.fp32_precision == "tf32"  # torch's default: nothing was changed
+    precision.configure_arithmetic(general, compute_dtype, torch.device("cuda", 0))
     assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == float32
     assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == general.deterministic
 
@@ -123,7 +123,7 @@ def test_the_loss_scale_halves_at_overflow_and_doubles_after_a_while() -> None:
     resumed.load_state_dict(scale.state_dict())
     resumed.update(fine)
     assert resumed.read() == LossScaleState(2.0**14, skipped=3, skipped_in_a_row=0, growth_tracker=0)
-    for step in range(MOST_SKIPPED):
+    for step in range(MAX_SKIPPED):
         assert not resumed.read().is_lost, step
         resumed.update(overflow)
     assert resumed.read().is_lost
@@ -149,12 +149,12 @@ def test_a_damaged_loss_scale_is_refused(row: list[float]) -> None:
 
 
 class _Types(TorchDispatchMode):
-    """The types that convolutions and BN compute in."""
+    """Record the types that convolutions and BN compute in."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv: list[tuple[torch.dtype, ...]] = []  # of data and weight
-        self.norm: list[tuple[torch.dtype, ...]] = []  # of data, gamma and the batch's mean
+        self.conv: list[tuple[torch.dtype, ...]] = []  # types of data and weight
+        self.norm: list[tuple[torch.dtype, ...]] = []  # types of data, gamma and the batch's mean
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -166,8 +166,8 @@ class _Types(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_losses_statistics_last_convolutions_and_weights_are_float32(load: Run, computed_in: Any, dtype: str) -> None:
-    computed_in(dtype)
+def test_losses_statistics_last_convolutions_and_weights_are_float32(load: Run, compute_dtype: Any, dtype: str) -> None:
+    compute_dtype(dtype)
     trainer, batches = make_trainer(load("General.fp16=True", "General.batch_image=2"))
     half, single = getattr(torch, dtype), torch.float32
     with _Types() as seen:
@@ -191,7 +191,7 @@ def test_half_precision_follows_float32(load: Run, computed_in: Any, dtype: str,
     the losses of later steps, in which two processors differ as much as two precisions; measured: 0.3 %."""
     values = {}
     for name in ("float32", dtype):
-        computed_in(name)
+        compute_dtype(name)
         trainer, batches = make_trainer(load("General.fp16=True"))
         values[name] = torch.stack([trainer.step([batch], i).values for i, batch in enumerate(batches)])
     half, single = values[dtype], values["float32"]  # (steps, L + 1)
@@ -201,8 +201,8 @@ def test_half_precision_follows_float32(load: Run, computed_in: Any, dtype: str,
     assert not torch.equal(values[dtype], values["float32"])
 
 
-def test_a_step_that_overflows_changes_nothing_but_the_scale(load: Run, computed_in: Any) -> None:
-    computed_in("float16")
+def test_a_step_that_overflows_changes_nothing_but_the_scale(load: Run, compute_dtype: Any) -> None:
+    compute_dtype("float16")
     trainer, batches = make_trainer(load("General.fp16=True"))
     trainer.step(batches[:1], 0)
     before = {name: value.clone() for name, value in trainer.module.state_dict().items()}
@@ -223,7 +223,7 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(load: Run, computed
 
 
 class _HostReads(TorchDispatchMode):
-    """The operators that make the host wait for a value of the device."""
+    """Record the operators that make the host wait for a value of the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -239,10 +239,10 @@ class _HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_the_host_reads_nothing_in_a_step(
-    load: Run, computed_in: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
+    load: Run, compute_dtype: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed_in(dtype)
-    for module in ("smooth_l1", "focal_loss"):  # on a CPU these two look whether the factor is 1
+    compute_dtype(dtype)
+    for module in ("smooth_l1", "focal_loss"):  # on a CPU these two read whether the factor is 1
         monkeypatch.setattr(f"operator_cxx.{module}.scaled", lambda grad, factor: [g * factor for g in grad])
     trainer, batches = make_trainer(load("General.fp16=True", "OptimizeParam.accumulate=2"))
     with _HostReads() as reads:
@@ -253,8 +253,8 @@ def test_the_host_reads_nothing_in_a_step(
     assert reads.seen
 
 
-def test_the_update_does_not_depend_on_the_scale(load: Run, computed_in: Any) -> None:
-    computed_in("float16")
+def test_the_update_does_not_depend_on_the_scale(load: Run, compute_dtype: Any) -> None:
+    compute_dtype("float16")
     norms = []
     for scale in (2.0**8, 2.0**14):
         trainer, batches = make_trainer(load("General.fp16=True"))
@@ -264,10 +264,10 @@ def test_the_update_does_not_depend_on_the_scale(load: Run, computed_in: Any) ->
 
 
 def test_a_run_in_float16_logs_its_scale_and_resumes_to_the_same_bytes(
-    run: Run, tmp_path: Path, computed_in: Any, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, compute_dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed_in("float16")
-    monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**27)  # the first steps overflow
+    compute_dtype("float16")
+    monkeypatch.setattr(precision, "INIT_SCALE", 2.0**27)  # the first steps overflow
     monkeypatch.setattr(precision, "GROWTH_INTERVAL", 4)
     run("General.fp16=True", name="whole")
     with monkeypatch.context() as patch:
@@ -290,24 +290,24 @@ def test_a_run_in_float16_logs_its_scale_and_resumes_to_the_same_bytes(
     assert "loss_scale" in load_file(tmp_path / "whole" / "checkpoint-0003.state.safetensors")
 
 
-def test_a_checkpoint_of_one_precision_resumes_in_another(run: Run, tmp_path: Path, computed_in: Any) -> None:
+def test_a_checkpoint_of_one_precision_resumes_in_another(run: Run, tmp_path: Path, compute_dtype: Any) -> None:
     constant = ("General.fp16=True", "OptimizeParam.schedule.lr_epoch=()")
-    computed_in("float16")
+    compute_dtype("float16")
     run(*constant, "OptimizeParam.schedule.end_epoch=1")
-    computed_in("float32")
+    compute_dtype("float32")
     run(*constant, "OptimizeParam.schedule.end_epoch=2", resume=True)
     assert "loss_scale" not in load_file(tmp_path / "run" / "checkpoint-0002.state.safetensors")
-    computed_in("float16")
+    compute_dtype("float16")
     run(*constant, resume=True)
     state = load_file(tmp_path / "run" / "checkpoint-0003.state.safetensors")
     assert state["loss_scale"].tolist()[1:3] == [0, 0]
 
 
 def test_a_loss_that_stays_not_finite_stops_with_step_and_images(
-    run: Run, tmp_path: Path, computed_in: Any, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, compute_dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed_in("float16")
-    monkeypatch.setattr(precision, "MOST_SKIPPED", 5)
+    compute_dtype("float16")
+    monkeypatch.setattr(precision, "MAX_SKIPPED", 5)
     plain = Trainer.step
 
     def poisoned(self: Trainer, batches: list[Batch], number: int) -> Any:
@@ -320,12 +320,12 @@ def test_a_loss_that_stays_not_finite_stops_with_step_and_images(
     with pytest.raises(FloatingPointError) as error:
         run("General.fp16=True")
     message = str(error.value)
-    # the host reads the scale with the log lines: that of steps 10 and 11 is the first to find 5 in a row
-    assert "not finite at step 10, one of 6 in a row (float16, loss scale" in message
+    # the host reads the scale with the log lines: that of steps 10 and 11 is the first with 5 in a row
+    assert "not finite at step 10, one of 6 consecutive skipped steps (float16, loss scale" in message
     assert "cls_loss nan" in message
     assert message.count(".jpg") == 4
     assert "General.bf16" in message
-    newest = latest(tmp_path / "run")  # written in the meantime, and fit to go on from
+    newest = latest(tmp_path / "run")  # written in the meantime, and valid to resume from
     assert newest is not None
     assert str(newest.weights) in message
     assert all(value.isfinite().all() for value in load_file(newest.weights).values())

@@ -1,4 +1,4 @@
-"""The published schedule and the edges of each phase, by hand."""
+"""The published schedule and the edges of each phase, computed by hand."""
 
 from __future__ import annotations
 

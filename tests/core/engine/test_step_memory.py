@@ -35,19 +35,19 @@ def test_a_step_holds_parameters_three_times_and_activations() -> None:
     assert found.num_parameter == sum(map(math.prod, shapes))
     assert found.plan is None
     total = 12 * found.num_parameter + found.counted.kept_bytes
-    assert found.lines()[-1] == f"in all about {total / MIB:,.0f} MiB"
-    # what grows with the batch is all but the batch statistics
+    assert found.lines()[-1] == f"in total about {total / MIB:,.0f} MiB"
+    # all but the batch statistics grows with the batch
     assert memory(config, 16).counted.kept_bytes == pytest.approx(2 * found.counted.kept_bytes, rel=1e-3)
 
 
-def test_memonger_says_what_it_saves() -> None:
+def test_memonger_reports_its_effect() -> None:
     found = memory(small("ModelParam.memonger=True"))
     assert found.plan.peak_bytes < found.counted.kept_bytes
     lines = found.lines()
     assert lines[:-2] == memory(small()).lines()
     assert lines[-2] == found.plan.describe()
     total = 12 * found.num_parameter + found.plan.peak_bytes
-    assert lines[-1] == f"with memonger in all about {total / MIB:,.0f} MiB"
+    assert lines[-1] == f"with memonger in total about {total / MIB:,.0f} MiB"
 
 
 def test_without_memonger_there_is_no_plan() -> None:
@@ -71,7 +71,7 @@ def test_a_budget_counts_the_parameters_too() -> None:
     assert found.plan.cost < least.plan.cost
 
 
-def test_a_budget_that_cannot_be_met_says_the_least() -> None:
+def test_a_budget_that_cannot_be_met_is_an_error_with_the_least() -> None:
     least = memory(small("ModelParam.memonger=True"), 64)
     gib = math.ceil(100 * (12 * least.num_parameter + least.plan.peak_bytes) / GIB) / 100
     config = small("ModelParam.memonger=True", "ModelParam.memonger_budget=0.005")
@@ -82,7 +82,7 @@ def test_a_budget_that_cannot_be_met_says_the_least() -> None:
 
 
 @pytest.mark.parametrize("field", ["memonger_until=conv0", "memonger_budget=4"])
-def test_until_and_budget_want_memonger(field: str) -> None:
+def test_until_and_budget_require_memonger(field: str) -> None:
     name = field.split("=")[0]
     with pytest.raises(ValueError, match=rf"ModelParam.{name} is .*, but ModelParam.memonger is False; write"):
         small(f"ModelParam.{field}")
@@ -105,6 +105,6 @@ def test_activations_by_hand() -> None:
     counted = count_activations(small_graph(), {"data": (1, 3, 512, 512)})
     # data, conv0's output, relu0's, conv1's, relu1's (for C6 and the fine head), C6's (for the coarse head)
     kept = 3 * 512**2 + 2 * 4 * 256**2 + 2 * 8 * 256**2 + 8 * 128**2
-    index = 8 * 8 * 128**2  # where each maximum of C6 was, eight bytes each
-    statistics = 8 * (4 + 8)  # mean and deviation of a batch
+    index = 8 * 8 * 128**2  # the positions of C6's maxima, eight bytes each
+    statistics = 8 * (4 + 8)  # a batch's mean and deviation
     assert counted.kept_bytes == 4 * kept + index + statistics

@@ -1,4 +1,4 @@
-"""Drawings: where boxes, labels and panels lie, what is left out, and what is refused."""
+"""Drawings: positions of boxes, labels and panels, detections left out, and invalid arguments."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 
 from core.report import draw
 
-FLAT = (90, 91, 92)  # a colour that nothing but the image has
+FLAT = (90, 91, 92)  # a colour of the image alone
 NAMES = ("cat", "dog")
 NO_GT, NO_DET = np.zeros((0, 5)), np.zeros((0, 6))
 
@@ -17,13 +17,13 @@ def flat(height: int, width: int) -> np.ndarray:
 
 
 def extent(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """x1, y1, x2, y2 (inclusive) of the pixels that are set."""
+    """Return x1, y1, x2, y2 (inclusive) of the pixels that are set."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
 def panels(drawing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The two pictures of a drawing whose image is FLAT at its corners."""
+    """Return the two panels of a drawing whose image is FLAT at its corners."""
     x1, y1, x2, y2 = extent((drawing == FLAT).all(2))
     middle = (x1 + x2) // 2
     left, right = drawing[y1 : y2 + 1, : middle + 1], drawing[y1 : y2 + 1, middle + 1 : x2 + 1]
@@ -31,7 +31,7 @@ def panels(drawing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def outline(panel: np.ndarray, index: int) -> tuple[int, int, int, int]:
-    """Extent of the class's box; its label has the same colour, lies above it and is narrower."""
+    """Return the extent of the class's box; its label has the same colour, is above it and narrower."""
     mask = (panel == draw.class_colour(index)).all(2)
     x1, _, x2, y2 = extent(mask)
     long_rows = np.flatnonzero(mask[:, x1 : x2 + 1].mean(1) > 0.95)
@@ -42,11 +42,11 @@ def outline(panel: np.ndarray, index: int) -> tuple[int, int, int, int]:
     "side, box, expected",
     [
         (480, (100, 200, 299, 399), (100, 200, 299, 399)),
-        # Ten times larger; the inclusive corner 29 covers the pixels 290..299.
+        # ten times larger; the inclusive corner 29 covers the pixels 290..299
         (48, (10, 20, 29, 39), (100, 200, 299, 399)),
     ],
 )
-def test_boxes_lie_where_they_should(side: int, box: draw.Rectangle, expected: draw.Rectangle) -> None:
+def test_boxes_are_drawn_at_their_pixels(side: int, box: draw.Rectangle, expected: draw.Rectangle) -> None:
     gt = np.array([[*box, 1]])
     det = np.array([[*box, 0.9, 2]])
     left, right = panels(draw.draw_detections(flat(side, side), gt, det, NAMES))
@@ -110,7 +110,7 @@ BOX = (50, 30, 150, 60)
         (BOX, [(60, 0, 80, 25)], (50, 60, 90, 70)),  # below
         (BOX, [(60, 0, 80, 25), (60, 65, 80, 90)], (50, 30, 90, 40)),  # inside, at the top
         (BOX, [(40, 0, 100, 100)], (110, 20, 150, 30)),  # above, flush right
-        (BOX, [(0, 0, 200, 100)], (50, 20, 90, 30)),  # nowhere is free: above
+        (BOX, [(0, 0, 200, 100)], (50, 20, 90, 30)),  # no free place: above
         ((50, 4, 150, 60), [], (50, 0, 90, 10)),  # moved into the picture
         ((180, 30, 199, 60), [], (160, 20, 200, 30)),
     ],

@@ -1,4 +1,4 @@
-"""COCO's numbers: equal to direct calls of pycocotools to the last digit, and by hand on a few boxes."""
+"""COCO's numbers: equal to direct calls of pycocotools to the last digit, and computed by hand on a few boxes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CATEGORY_IDS = (3, 7, 90)
 
 
 def make_truth(seed: int = 0, num_image: int = 12) -> dict[str, Any]:
-    """Random boxes of all sizes, some of them crowds; category 90 has none."""
+    """Return random boxes of all sizes, some of them crowds; category 90 has none."""
     rng = np.random.default_rng(seed)
     annotations = []
     for image_id in range(100, 100 + num_image):
@@ -46,7 +46,7 @@ def make_truth(seed: int = 0, num_image: int = 12) -> dict[str, Any]:
 
 
 def make_detections(truth: dict[str, Any], seed: int = 1) -> list[dict[str, Any]]:
-    """Every true box about twice, moved a little, and as many random ones; some scores are equal."""
+    """Return each true box about twice, slightly moved, and as many random ones; some scores are equal."""
     rng = np.random.default_rng(seed)
     detections = []
     for annotation in truth["annotations"] * 2:
@@ -68,7 +68,7 @@ def make_detections(truth: dict[str, Any], seed: int = 1) -> list[dict[str, Any]
 
 
 def direct(truth_path: Path, result_path: Path) -> COCOeval:
-    """What the documentation of pycocotools says to do."""
+    """Evaluate as pycocotools documents it."""
     truth = COCO(str(truth_path))
     evaluator = COCOeval(truth, truth.loadRes(str(result_path)), "bbox")
     evaluator.evaluate()
@@ -113,7 +113,7 @@ def test_numbers_equal_those_of_pycocotools_to_the_last_digit(
 
 
 def one_box_each(**changes: Any) -> dict[str, Any]:
-    """Three images with one box of 40 x 40 each, with the fewest fields allowed."""
+    """Return three images with one box of 40 x 40 each, with the fewest fields allowed."""
     return {
         "images": [{"id": i} for i in (1, 2, 3)],
         "categories": [{"id": 5, "name": "cat"}],
@@ -184,7 +184,7 @@ def test_nan_is_refused(place: str) -> None:
         detections_to_coco(42, bbox, score, np.array([1]), CATEGORY_IDS)
 
 
-def test_a_result_file_is_json_and_whole_or_not_there(tmp_path: Path) -> None:
+def test_a_result_file_is_json_and_written_atomically(tmp_path: Path) -> None:
     detections = make_detections(make_truth())
     path = tmp_path / "new" / "result.json"
     write_result(path, iter(detections))
@@ -237,8 +237,8 @@ def test_result_files_of_another_format_are_refused(tmp_path: Path) -> None:
         evaluate(path, tmp_path / "nothing.json")
 
 
-def test_training_and_testing_do_without_pycocotools() -> None:
-    """Only computing AP imports it."""
+def test_training_and_testing_do_not_need_pycocotools() -> None:
+    """Only the computation of AP imports it."""
     script = (
         "import sys; sys.modules['pycocotools'] = None\n"
         "import core.detection_module, core.inference, core.report.evaluation, detection_train, detection_test\n"

@@ -1,4 +1,4 @@
-"""Counts by hand on a small graph; the published networks are counted in tests/models/test_golden.py."""
+"""Counts computed by hand for a small graph; tests/models/test_golden.py has those of the published networks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def test_parameters_and_multiply_adds_by_stage() -> None:
     rows = {stage.name: (stage.output, stage.num_parameter, stage.multiply_add) for stage in table.stages}
     assert rows["stem"] == ((1, 4, 4, 4), 4 * 27 + 8, 4 * 16 * 27)
     assert rows["backbone stage1"] == ((1, 8, 4, 4), 8 * 4 + 16, 8 * 16 * 4)
-    # the weight that both levels share counts once, the work twice; the finest level's output is shown
+    # the weight shared by both levels counts once, the multiply-adds twice; the finest level's output is shown
     assert rows["head cls"] == ((1, 3, 4, 4), 3 * 72 + 3, 3 * (16 + 4) * 72)
     assert table.num_parameter == 116 + 48 + 219
     assert table.multiply_add == 1728 + 512 + 4320
 
 
-def test_the_table_as_text_leaves_out_what_costs_nothing() -> None:
+def test_the_table_leaves_out_stages_without_parameters() -> None:
     lines = network_table(small_graph(), data=(1, 3, 8, 8)).lines()
     assert [line.split("  ")[0].strip() for line in lines] == ["stage", "stem", "backbone stage1", "head cls", "total"]
     assert lines[-1].split() == ["total", "383", "6,560"]

@@ -1,4 +1,4 @@
-"""A file appears whole or not at all."""
+"""Atomic writing of files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError()], ids=repr)
-def test_a_failure_leaves_the_old_file_and_no_rest(tmp_path: Path, failure: BaseException) -> None:
+def test_a_failure_leaves_the_old_file_and_no_temporary_one(tmp_path: Path, failure: BaseException) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -56,7 +56,7 @@ def test_a_disk_that_fails_late_leaves_the_old_file(tmp_path: Path, monkeypatch:
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+def test_the_temporary_file_of_a_killed_process_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     temporary_path(path).write_bytes(b"a long rest of a process that was killed")
     with atomic_file(path) as handle:

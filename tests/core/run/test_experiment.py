@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and a place that can be written."""
+"""The folder of an experiment: one run at a time, and writable."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ with lock_experiment(Path(sys.argv[1])):
 
 @contextmanager
 def another_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that holds the lock of `folder`, and the number of its worker."""
+    """Start a process that holds the lock of `folder`; yields it and the process id of its worker."""
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder)],
         cwd=REPOSITORY,
@@ -61,7 +61,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(tmp_path: Path) -> No
             assert notes == []
         process.kill()
         process.wait()
-        os.kill(worker, 0)  # the worker lives on, which holds no lock
+        os.kill(worker, 0)  # the worker still runs and holds no lock
         with lock_experiment(folder) as notes:
             assert notes == []
 
@@ -75,17 +75,17 @@ def test_a_run_that_ends_leaves_the_folder_free(tmp_path: Path) -> None:
     assert (tmp_path / LOCK_FILE).read_text() == ""
 
 
-def test_a_file_system_without_locks_is_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_locks_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_lock(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", no_lock)
     with lock_experiment(tmp_path) as notes:
         assert len(notes) == 1
-        assert "no lock (No locks available)" in notes[0]
+        assert "cannot be locked (No locks available)" in notes[0]
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     message = r"cannot write into .*file/demo: Not a directory.*General\.output_root"
     with pytest.raises(OSError, match=message), lock_experiment(tmp_path / "file" / "demo"):
@@ -103,16 +103,16 @@ def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pass
 
 
-def test_a_full_disk_is_told_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    message = rf"cannot write into {tmp_path}: No space left on device. Make room"
+    message = rf"cannot write into {tmp_path}: No space left on device. Free space"
     with pytest.raises(OSError, match=message), lock_experiment(tmp_path):
-        pytest.fail("the run began")
+        pytest.fail("the run started")
     assert os.listdir(tmp_path) == [LOCK_FILE]
     monkeypatch.undo()
-    with lock_experiment(tmp_path):  # nothing is held after the refusal
+    with lock_experiment(tmp_path):  # the lock is released after the error
         pass
     assert os.listdir(tmp_path) == [LOCK_FILE]

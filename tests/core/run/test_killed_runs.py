@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of a whole run: every time it resumes, and at the end nothing tells that it was killed.
+"""SIGKILL at random moments of a whole run: it resumes every time, and its files end up equal to an undisturbed run's.
 
 A life is one start of `detection_train.py --resume` until it ends or is killed. A run has as many lives as it needs.
 """
@@ -38,14 +38,14 @@ SMALL = [
     "OptimizeParam.warmup.epoch=0.5",
 ]
 KILLS = 50
-LEAST = 10  # kills of each phase: a test that kills nobody, or always at the same moment, shall not pass
-MOST = 100  # kills that the least of each phase may take
+LEAST = 10  # kills of each phase: a test without kills, or with all at the same moment, must not pass
+MOST = 100  # kills within which each phase must have its least number
 PHASES = ("starting", "training", "writing")
 DEADLINE = 300.0  # seconds of a life
 MINUTES = (0.0001, 0.0001, 0.002)  # General.checkpoint_minutes of a life: after every step, or after about every third
 CURVES = ("step", "epoch", "lr", "cls_loss", "reg_loss", "fg_acc", "grad_norm")
 
-# One process imports what is slow to import and then forks a life for every line that it reads. It computes nothing:
+# One process imports the slow modules and then forks a life for every line that it reads. It computes nothing:
 # a backward pass or a thread before the fork would break those of the lives. It takes a life's number back only when
 # it is asked how the life ended: until then no other process can have that number.
 NURSERY = """
@@ -78,7 +78,7 @@ for line in iter(sys.stdin.readline, ""):
 class Life:
     process: int
     output: Path
-    nursery: tuple[IO[str], IO[str]]  # questions to it and its answers
+    nursery: tuple[IO[str], IO[str]]  # requests to the server and its answers
 
     def said(self) -> str:
         return self.output.read_text() if self.output.exists() else ""
@@ -87,7 +87,7 @@ class Life:
         return sum(line.startswith("epoch ") for line in self.said().splitlines())
 
     def end(self) -> int:
-        """Its exit status; minus the signal that killed it."""
+        """Return its exit status, or minus the signal that killed it."""
         ask, answers = self.nursery
         print("end", file=ask, flush=True)
         return int(answers.readline())
@@ -98,7 +98,7 @@ class Life:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Life]]:
-    """Begins a life of the run in a folder: 9 images twice, 2 a step, 27 steps."""
+    """Start lives of the run in a folder: 9 images twice, 2 per step, 27 steps."""
     root = tmp_path_factory.mktemp("killed")
     make_demo_dataset(root / "data" / "demo", train=9, val=1, size=128, seed=3)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NECKLACE_CACHE": str(root / "cache")}
@@ -108,24 +108,24 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Li
         assert nursery.stdout is not None
         stdin, stdout = nursery.stdin, nursery.stdout
 
-        def begin(folder: Path, output: Path, *overrides: str) -> Life:
+        def start_life(folder: Path, output: Path, *overrides: str) -> Life:
             places = [f"General.output_root={folder}", "General.name=run", f"DatasetParam.data_root={root / 'data'}"]
             sets = [word for override in [*SMALL, *places, *overrides] for word in ("--set", override)]
             arguments = ["--config", str(DEMO), "--gpus", "cpu", "--resume", *sets]
             print(json.dumps([str(output), arguments]), file=stdin, flush=True)
             return Life(int(stdout.readline()), output, (stdin, stdout))
 
-        yield begin
+        yield start_life
         stdin.close()
 
 
 @dataclass
 class Whole:
-    """A run that nothing disturbed."""
+    """An uninterrupted run."""
 
     files: dict[str, bytes]
     curves: list[tuple[Any, ...]]
-    start_seconds: float  # until the first step was done
+    start_seconds: float  # until the end of the first step
     step_seconds: float
 
 
@@ -133,12 +133,12 @@ class Whole:
 def whole(start: Callable[..., Life], tmp_path_factory: pytest.TempPathFactory) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     life = start(folder, folder / "output")
-    began = time.monotonic()
+    started = time.monotonic()
     wait_for(lambda: life.steps() > 0, life)
     first = time.monotonic()
     assert life.end() == 0, life.said()
     step_seconds = (time.monotonic() - first) / (life.steps() - 1)
-    return Whole(files_of(folder / "run"), curves_of(folder / "run"), first - began, step_seconds)
+    return Whole(files_of(folder / "run"), curves_of(folder / "run"), first - started, step_seconds)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -151,7 +151,7 @@ def curves_of(folder: Path) -> list[tuple[Any, ...]]:
 
 
 def wait_for(met: Callable[[], bool], life: Life, pause: float = 0.005) -> None:
-    """Until the condition is met, or the life is over."""
+    """Wait until the condition is met, or the life is over."""
     deadline = time.monotonic() + DEADLINE
     while not met() and not life.is_over():
         assert time.monotonic() < deadline, life.said()
@@ -159,7 +159,7 @@ def wait_for(met: Callable[[], bool], life: Life, pause: float = 0.005) -> None:
 
 
 def unfinished(folder: Path) -> set[tuple[str, int]]:
-    """What shows that a checkpoint is being written: temporary files, and a state whose weights are yet to come."""
+    """Return the files of a checkpoint that is being written: temporary ones, and a state without its weights yet."""
     found = set()
     for path in list(folder.glob(".checkpoint-*.tmp")) + list(folder.glob(f"*{STATE_SUFFIX}")):
         weights = path.with_name(path.name.removesuffix(STATE_SUFFIX) + WEIGHTS_SUFFIX)
@@ -186,14 +186,14 @@ def wait_for_moment(life: Life, folder: Path, wanted: str, whole: Whole, chance:
 
 
 def phase_of(life: Life, folder: Path, before: set[tuple[str, int]]) -> str:
-    """What the life was at when it was killed."""
+    """Return the phase in which the life was killed."""
     if unfinished(folder) - before:
         return "writing"
     return "training" if life.steps() else "starting"
 
 
 def step_of(folder: Path) -> int:
-    """The step of the newest checkpoint; 0 where there is none."""
+    """Return the step of the newest checkpoint; 0 without one."""
     newest = latest(folder) if folder.exists() else None
     return newest.progress.step if newest else 0
 

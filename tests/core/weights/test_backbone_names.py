@@ -1,4 +1,4 @@
-"""Our names of tensors in the layouts of pretrained ResNets."""
+"""Conversion of tensor names from the layouts of pretrained ResNets to ours."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_exported_names_of_mxnets_own_resnets(theirs: str, bottleneck: str | Non
         ("fc.weight", None),
     ],
 )
-def test_a_layout_tells_the_variant(theirs: str, expected: tuple[str, str | None] | None) -> None:
+def test_a_layout_determines_the_variant(theirs: str, expected: tuple[str, str | None] | None) -> None:
     assert rename(theirs, is_bottleneck=True) == expected
 
 
@@ -147,7 +147,7 @@ def test_classifiers_are_ignored(name: str) -> None:
     assert is_ignored(name)
 
 
-def test_exported_bottlenecks_show() -> None:
+def test_exported_bottlenecks_are_detected() -> None:
     assert has_exported_bottlenecks(["resnetv1b_conv0_weight", "resnetv1b_down1_conv0_weight"])
     assert has_exported_bottlenecks(["resnetv10_stage1_conv0_bias"])
     assert not has_exported_bottlenecks(["resnetv10_stage1_conv0_weight", "resnetv1b_down2_conv0_weight"])

@@ -1,4 +1,4 @@
-"""Pairs of files: saved whole, found again, pruned, and refused where damaged or of another model."""
+"""Checkpoints: saving, finding, pruning, and errors for damaged files and other models."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_progress(epoch: int, step: int) -> Progress:
 
 
 def save(folder: Path, epoch: int, *, step: int | None = None, keep: int = 0) -> Checkpoint:
-    """After `epoch` epochs of 10 steps; `step`: in the middle of the next one."""
+    """Save a pair after `epoch` epochs of 10 steps; `step`: in the middle of the next one."""
     stem = epoch_stem(epoch) if step is None else step_stem(step)
     progress = make_progress(epoch, 10 * epoch if step is None else step)
     return save_checkpoint(folder, stem, make_weights(progress.step), make_state(progress.step), progress, keep)
@@ -94,7 +94,7 @@ def test_views_and_strided_tensors_are_saved_by_value(tmp_path: Path) -> None:
     assert_equal(load_weights(pair.weights)[0], {name: tensor.detach() for name, tensor in weights.items()})
 
 
-def test_only_the_newest_state_stays_and_every_epochs_weights(tmp_path: Path) -> None:
+def test_the_newest_state_and_every_epochs_weights_are_kept(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         save(tmp_path, epoch)
     assert names(tmp_path) == [
@@ -105,7 +105,7 @@ def test_only_the_newest_state_stays_and_every_epochs_weights(tmp_path: Path) ->
     ]
 
 
-def test_weights_of_the_middle_of_an_epoch_go_when_a_later_pair_is_complete(tmp_path: Path) -> None:
+def test_weights_in_the_middle_of_an_epoch_are_removed_after_a_later_pair(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 1, step=15)
     assert_whole(latest(tmp_path), 15)
@@ -123,7 +123,7 @@ def test_weights_of_the_middle_of_an_epoch_go_when_a_later_pair_is_complete(tmp_
     ]
 
 
-def test_the_last_epochs_weights_stay(tmp_path: Path) -> None:
+def test_the_last_epochs_weights_are_kept(tmp_path: Path) -> None:
     def epochs() -> list[str]:
         return [name.removeprefix("checkpoint-").removesuffix(".safetensors") for name in names(tmp_path)]
 
@@ -131,17 +131,17 @@ def test_the_last_epochs_weights_stay(tmp_path: Path) -> None:
         save(tmp_path, epoch)
     save(tmp_path, 4, keep=3)
     assert epochs() == ["0002", "0003", "0004", "0004.state"]
-    save(tmp_path, 4, step=45, keep=2)  # no epoch's weights, and none is lost for it
+    save(tmp_path, 4, step=45, keep=2)  # no epoch's weights, so that none is removed for it
     assert epochs() == ["0003", "0004", "step00000045", "step00000045.state"]
     save(tmp_path, 9999, keep=2)
-    save(tmp_path, 10000, keep=2)  # sorts before 9999 as a text
+    save(tmp_path, 10000, keep=2)  # sorts before 9999 as text
     assert epochs() == ["10000", "10000.state", "9999"]
     save(tmp_path, 10001, keep=1)
     assert_whole(latest(tmp_path), 100010)
     assert epochs() == ["10001", "10001.state"]
 
 
-def test_what_is_no_checkpoint_is_never_removed(tmp_path: Path) -> None:
+def test_other_files_are_never_removed(tmp_path: Path) -> None:
     others = ["best.safetensors", "checkpoint-0001.safetensors.bak", "checkpoint-best.safetensors", "log.txt"]
     for name in others:
         (tmp_path / name).write_text("")
@@ -165,7 +165,7 @@ def test_newest_is_by_step_not_by_name(tmp_path: Path) -> None:
 
 
 def test_the_newest_of_two_pairs_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pairs lie there when the process is killed before it removes the older."""
+    """Two pairs exist if the process is killed before it removes the older."""
     monkeypatch.setattr("core.weights.checkpoint.prune", lambda newest, keep: None)
     save(tmp_path, 2)
     save(tmp_path, 1, step=15)
@@ -187,7 +187,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
-    """The kernel lets no file grow beyond `size` bytes: a write fails half way, as on a full disk."""
+    """Limit the size of files to `size` bytes: a write fails half way, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -199,13 +199,13 @@ def largest_file(size: int) -> Iterator[None]:
 def test_a_write_that_fails_half_way_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 1)
     before = names(tmp_path)
-    message = r"checkpoint-0002.*The previous one, .*checkpoint-0001\.safetensors, is whole"
+    message = r"checkpoint-0002.*The previous one, .*checkpoint-0001\.safetensors, is complete"
     with pytest.raises(OSError, match=message) as info, largest_file(SIZE // 2):
         save(tmp_path, 2)
     assert info.value.errno == errno.EFBIG
     assert names(tmp_path) == before
     assert_whole(latest(tmp_path), 10)
-    save(tmp_path, 2)  # the disk has room again
+    save(tmp_path, 2)  # the disk has space again
     assert_whole(latest(tmp_path), 20)
 
 
@@ -214,7 +214,7 @@ def test_a_write_that_fails_half_way_keeps_the_previous_checkpoint(tmp_path: Pat
 def test_a_disk_that_is_full_late_keeps_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, fails_at: int
 ) -> None:
-    """The first and the second file of the pair fail, when they are flushed and when they are renamed."""
+    """Flush and rename fail for the first and for the second file of the pair."""
     save(tmp_path, 1)
     before = names(tmp_path)
     original, calls = getattr(os, call), []
@@ -227,7 +227,7 @@ def test_a_disk_that_is_full_late_keeps_the_previous_checkpoint(
         return original(*args)
 
     monkeypatch.setattr(os, call, full)
-    message = r"No space left on device.*MB are free.*checkpoint-0001\.safetensors, is whole"
+    message = r"No space left on device.*MB are free.*checkpoint-0001\.safetensors, is complete"
     with pytest.raises(OSError, match=message) as info:
         save(tmp_path, 2)
     monkeypatch.undo()
@@ -242,14 +242,14 @@ def _is_folder(target: object) -> bool:
 
 def test_saving_the_same_step_again_on_a_full_disk_keeps_the_pair(tmp_path: Path) -> None:
     save(tmp_path, 1, step=15)
-    with pytest.raises(OSError, match=r"step00000015.safetensors, is whole"), largest_file(SIZE // 2):
+    with pytest.raises(OSError, match=r"step00000015.safetensors, is complete"), largest_file(SIZE // 2):
         save(tmp_path, 1, step=15)
     assert_whole(latest(tmp_path), 15)
 
 
 def test_a_first_checkpoint_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with (
-        pytest.raises(OSError, match="Make room or make the folder writable") as info,
+        pytest.raises(OSError, match="Free space or make the folder writable") as info,
         largest_file(SIZE // 2),
     ):
         save(tmp_path, 1)
@@ -257,18 +257,18 @@ def test_a_first_checkpoint_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match=r"cannot write .*file/demo/checkpoint-0001.safetensors: Not a directory"):
         save(tmp_path / "file" / "demo", 1)
 
 
-def test_what_a_killed_process_left_is_ignored_and_removed(tmp_path: Path) -> None:
+def test_files_left_by_a_killed_process_are_ignored_and_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / ".checkpoint-0002.safetensors.tmp").write_bytes(b"half")  # killed while writing
     save_checkpoint(tmp_path / "b", epoch_stem(2), make_weights(0), make_state(0), make_progress(2, 20))
     os.replace(tmp_path / "b/checkpoint-0002.state.safetensors", tmp_path / "checkpoint-0002.state.safetensors")
-    assert_whole(latest(tmp_path), 10)  # the state of epoch 2 is there, its weights are not
+    assert_whole(latest(tmp_path), 10)  # epoch 2 has a state and no weights
     save(tmp_path, 3)
     assert names(tmp_path) == [
         "b",
@@ -344,7 +344,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def another_model() -> dict[str, tuple[int, ...]]:
-    """conv0 has other channels, bn0 is gone, ten parameters are new."""
+    """Return a model with other channels in conv0, without bn0, and with ten new parameters."""
     return {"conv0_weight": (32, 3, 7, 7), **{f"conv{i}_bias": (1,) for i in range(1, 11)}}
 
 
@@ -363,7 +363,7 @@ def test_the_weights_of_the_same_architecture_are_accepted() -> None:
     assert check_fit(SHAPES, make_weights(0)).fits
 
 
-def test_fine_tuning_keeps_what_fits_and_reports_the_rest() -> None:
+def test_fine_tuning_keeps_fitting_tensors_and_reports_the_others() -> None:
     weights = make_weights(0)
     expected = {"conv0_weight": SHAPES["conv0_weight"], "bn0_gamma": (32,), "new_bias": (1,)}
     kept, report = keep_fitting(expected, weights, "a.safetensors")
@@ -373,7 +373,7 @@ def test_fine_tuning_keeps_what_fits_and_reports_the_rest() -> None:
     assert report.different == (("bn0_gamma", (32,), (64,)),)
 
 
-def test_fine_tuning_from_nothing_that_fits_is_refused() -> None:
+def test_fine_tuning_without_a_fitting_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no tensor of a.safetensors fits"):
         keep_fitting(another_model(), make_weights(0), "a.safetensors")
 

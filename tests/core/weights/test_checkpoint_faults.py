@@ -1,4 +1,4 @@
-"""Whatever interrupts the writing of a checkpoint, a complete pair lies in the folder afterwards."""
+"""Interrupted writing of checkpoints: a complete pair is in the folder afterwards."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ import torch
 from core.weights.checkpoint import Progress, epoch_stem, latest, load_weights, read_tensors, save_checkpoint, step_stem
 
 REPOSITORY = Path(__file__).parents[3]
-STEPS = 3  # of an epoch
+STEPS = 3  # per epoch
 KILLS = 50
 
 
 def save(folder: Path, step: int, keep: int = 2) -> None:
-    """The pair of a run of three steps an epoch; every tensor is full of its step's number."""
+    """Save the pair of a run of three steps per epoch; every tensor is filled with its step's number."""
     epoch, inside = divmod(step, STEPS)
     stem = step_stem(step) if inside else epoch_stem(epoch)
     progress = Progress(epoch=epoch, step=step, seed=0, experiment="demo")
@@ -35,7 +35,7 @@ def save(folder: Path, step: int, keep: int = 2) -> None:
 
 
 def newest_step(folder: Path) -> int:
-    """The step of the newest pair, whose two files must be whole and of that step; 0 where there is none."""
+    """Return the step of the newest pair, of which both files must be complete and of that step; 0 without one."""
     pair = latest(folder)
     if pair is None:
         return 0
@@ -47,7 +47,7 @@ def newest_step(folder: Path) -> int:
 
 
 class FailingDisk:
-    """Counts what a process asks of the disk; from the call numbered `fails_from` on, `length` calls fail."""
+    """Count the calls to the file system; `length` calls fail, starting with number `fails_from`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_from: int, length: float, error: int) -> None:
         self.calls: list[str] = []
@@ -78,7 +78,7 @@ class FailingDisk:
         write, disk = handle.write, self
 
         class File:
-            """`write` puts half of the bytes down before it fails, as a disk does that fills up."""
+            """A file whose `write` stores half of the bytes before it fails, as on a disk that fills up."""
 
             def __enter__(self) -> File:
                 return self
@@ -113,7 +113,7 @@ def fault_points() -> Iterator[Any]:
 def test_every_call_that_fails_leaves_a_pair(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, length: float, call: int, step: int
 ) -> None:
-    """The disk fails for one call, or from one call on: `step` is lost or there, the one before it is not lost."""
+    """The disk fails for one call, or for all from one call on: `step` may be lost, the one before it must not be."""
     for earlier in range(1, step):
         save(tmp_path, earlier)
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_every_call_that_fails_leaves_a_pair(
             save(tmp_path, step)
         assert len(disk.calls) > call
     assert caught.value.errno == error
-    assert "Make room or make the folder writable" in str(caught.value)
+    assert "Free space or make the folder writable" in str(caught.value)
     is_renamed = call == 11  # only the sync of the folder failed after the second rename
     assert newest_step(tmp_path) == (step if is_renamed else step - 1)
     assert not list(tmp_path.glob(".*.tmp"))
@@ -138,7 +138,7 @@ def test_the_calls_of_a_save_are_those_that_fail_above(tmp_path: Path, monkeypat
     assert sorted(disk.calls) == sorted(2 * ["open", "write", "flush", "fsync", "replace", "fsync"])
 
 
-# One process imports torch and then forks a writer per line that it reads: 50 imports would take minutes.
+# One process imports torch and forks a writer per line that it reads, since 50 imports would take minutes.
 NURSERY = """
 import os, sys
 from pathlib import Path
@@ -157,7 +157,7 @@ for line in sys.stdin:
 
 
 def write_on(folder: Path, step: int) -> None:
-    """Saves one step after the other, noting what is done, until it is killed."""
+    """Save one step after the other, each noted in a journal, until killed."""
     journal = os.open(folder / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in count(step + 1):
         save(folder, number)
@@ -194,7 +194,7 @@ def test_kill_at_random_moments_leaves_the_last_pair_or_the_one_before(tmp_path:
             assert step in (done, done + 1)
             unsaid += step != done
         nursery.stdin.close()
-    assert newest_step(tmp_path) > KILLS // 2  # it did write between the kills
+    assert newest_step(tmp_path) > KILLS // 2  # checkpoints were written between the kills
     assert unsaid < KILLS
     left = [path.name for path in tmp_path.iterdir() if "step" not in path.name and path.name != "journal"]
-    assert len(left) <= 2 * 2 + 3  # two epochs' weights, a third and its state, and what the last kill cut short
+    assert len(left) <= 2 * 2 + 3  # two epochs' weights, a third pair, and the files that the last kill interrupted

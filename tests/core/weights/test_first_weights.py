@@ -1,4 +1,4 @@
-"""First weights from MXNet's files."""
+"""Initial weights from MXNet's files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_from(path: Path) -> Config:
 
 @pytest.mark.parametrize("suffix", [".params", ".safetensors"])
 def test_fine_tuning_from_mxnets_checkpoint(tmp_path: Path, suffix: str) -> None:
-    """As it is, and converted: the same tensors, but for the layer of another size."""
+    """The file and its conversion give the same tensors, except for the layer of another size."""
     base, module = small_module(num_filter=4, seed=1), small_module(seed=2)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     path = tmp_path / "net-0012.params"
@@ -47,7 +47,7 @@ def test_fine_tuning_from_mxnets_checkpoint(tmp_path: Path, suffix: str) -> None
     if suffix == ".safetensors":
         convert(path, path := path.with_suffix(suffix))
     summary, *others = load(module, config_from(path))
-    assert summary == f"fine-tuning {path}: 5 of 7 tensors loaded, the others start at random"
+    assert summary == f"fine-tuning {path}: 5 of 7 tensors loaded, the others are random"
     assert others[0] == "1 not expected: fc_weight"
     assert others[1].startswith("2 of another shape: cls_pred_weight (expected (2, 3, 1, 1), got (4, 3, 1, 1))")
     for name, tensor in module.state_dict().items():
@@ -73,7 +73,7 @@ def test_an_arrays_list_is_no_checkpoint() -> None:
 
 
 class _Own(MSRAResNetV1FPN):
-    """A user's, on v1."""
+    """A user's class, derived from the v1 backbone."""
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ class _Own(MSRAResNetV1FPN):
         (object, r"does not fit this model:\s+5 missing"),
     ],
 )
-def test_the_backbones_class_says_which_variant_fits(tmp_path: Path, backbone: type, message: str) -> None:
+def test_the_backbones_class_determines_the_variant(tmp_path: Path, backbone: type, message: str) -> None:
     torch.save({"layer1.0.conv3.weight": torch.zeros(1)}, tmp_path / "a.pth")
     config = Config()
     config.ModelParam.backbone = backbone
@@ -94,7 +94,7 @@ def test_the_backbones_class_says_which_variant_fits(tmp_path: Path, backbone: t
         load(small_module(), config)
 
 
-def test_the_usual_place_follows_the_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_path_follows_the_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = Config()
     for backbone, place in ((MSRAResNetV1FPN, "resnet-v1-50"), (MSRAResNetV1bFPN, "resnet50_v1b")):

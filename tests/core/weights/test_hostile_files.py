@@ -1,4 +1,4 @@
-"""Files and texts made to do harm: each is read rightly or refused in words, in bounded time and memory.
+"""Malicious and damaged files and texts: each is read correctly or refused, in bounded time and memory.
 
 NECKLACE_FUZZ=100 tries a hundred times as many damaged files (`make fuzz`).
 """
@@ -45,14 +45,14 @@ from core.weights.pretrain import read_backbone
 
 TIMES = int(os.environ.get("NECKLACE_FUZZ", "1"))
 MOST_SECONDS = 5.0
-MOST_BYTES = 2 << 30  # of address space, above what the process has
+MOST_BYTES = 2 << 30  # of address space beyond that of the process
 SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 fuzz = settings(max_examples=60 * TIMES, deadline=None, derandomize=TIMES == 1, suppress_health_check=SLOW)
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Fails a test that runs long; memory beyond the limit is a MemoryError, which no test accepts."""
+    """Fail a test that runs too long; memory beyond the limit is a MemoryError, which no test accepts."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -66,7 +66,7 @@ def bounded() -> Iterator[None]:
 
 
 def read_or_refused(read: Callable[[], object], *mentioned: str) -> bool:
-    """Whether it was read. Anything but the two errors for users goes on, and so does one that names nothing."""
+    """Return True if it was read, False after an error for users that names the file; other errors propagate."""
     try:
         with bounded():
             read()
@@ -82,7 +82,7 @@ def read_or_refused(read: Callable[[], object], *mentioned: str) -> bool:
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """Bits flipped, bytes removed, repeated, inserted or cut off; often near the start, where the headers are."""
+    """Flip bits; remove, repeat, insert or cut off bytes; often near the start, where the headers are."""
     data = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 8))):
         at = int(len(data) * rng.random() ** rng.choice((1, 3)))
@@ -154,7 +154,7 @@ def tensor(**changed: Any) -> dict[str, Any]:
         safetensors_bytes(b"\xff" * 100),
     ],
 )
-def test_headers_that_lie(tmp_path: Path, content: bytes) -> None:
+def test_inconsistent_headers(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint-0001.safetensors"
     path.write_bytes(content)
     assert not read_or_refused(lambda: read_tensors(path), str(path), "damaged")
@@ -201,7 +201,7 @@ def test_metadata_of_wrong_types(tmp_path: Path, metadata: str) -> None:
     assert not read_or_refused(lambda: latest(tmp_path), str(path))
 
 
-def test_the_metadata_that_the_cases_above_change_is_good(tmp_path: Path) -> None:
+def test_the_metadata_that_the_cases_above_change_is_valid(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint-0001.safetensors"
     safetensors.torch.save_file({"a": torch.ones(4)}, path, {"necklace": json.dumps(GOOD)})
     assert load_weights(path)[1].class_names == ("cat",)
@@ -303,14 +303,14 @@ def test_file_names_that_only_look_dangerous(tmp_path: Path, name: str) -> None:
     ],
     ids=lambda text: text[:20] + str(len(text)),
 )
-def test_annotations_made_to_do_harm(tmp_path: Path, content: str) -> None:
+def test_malicious_annotations(tmp_path: Path, content: str) -> None:
     path = tmp_path / "instances.json"
     path.write_text(content)
     assert not read_or_refused(lambda: read_both(path), str(path))
 
 
 @pytest.mark.parametrize("sides", [{"height": 2**31 - 1}, {"height": 2**31 - 1, "width": 2**31 - 1}])
-def test_claimed_image_sizes_cost_nothing(tmp_path: Path, sides: dict[str, int]) -> None:
+def test_claimed_image_sizes_take_no_memory(tmp_path: Path, sides: dict[str, int]) -> None:
     path = tmp_path / "instances.json"
     path.write_text(replaced("images", 0, **sides))
     assert read_or_refused(lambda: read_both(path))
@@ -393,7 +393,7 @@ def test_overrides_of_any_text(override: str) -> None:
     ids=lambda text: text[:10] + str(len(text)),
 )
 @pytest.mark.parametrize("key", ["General.seed", "NeckParam.num_stage", "OptimizeParam.optimizer.wd", "NormParam.mean"])
-def test_overrides_made_to_do_harm(key: str, value: str) -> None:
+def test_malicious_overrides(key: str, value: str) -> None:
     assert not read_or_refused(lambda: set_and_check(f"{key}={value}"), key)
 
 
@@ -419,7 +419,7 @@ def test_damaged_backbones(tmp_path: Path, legacy: bool) -> None:
 
 
 class Touch:
-    """Unpickled freely, it would leave a file behind."""
+    """An object whose unpickling without restrictions creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -463,7 +463,7 @@ def test_backbones_that_are_no_plain_state_dict(tmp_path: Path, content: object)
 
 
 def test_a_packed_archive_that_unpacks_to_gigabytes(tmp_path: Path) -> None:
-    """Two megabytes that hold a tensor of two gigabytes: refused by what its directory says, before unpacking."""
+    """Two megabytes that hold a tensor of two gigabytes: refused by the archive's directory, before unpacking."""
     path = tmp_path / "a.pth"
     with (
         zipfile.ZipFile(io.BytesIO(pickled(BACKBONE))) as source,

@@ -1,4 +1,4 @@
-"""MXNet's .params files: the real ones in golden/ were written by MXNet 1.9.1's nd.save and npx.save."""
+"""MXNet's .params files: those in golden/ were written by MXNet 1.9.1's nd.save and npx.save."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_mxnets_files_come_back_byte_for_byte(tmp_path: Path, name: str) -> None
 
 
 def test_every_type_that_mxnet_writes() -> None:
-    """np.arange(6) in two rows, minus 2 where the type has a sign, modulo 2 for bool."""
+    """np.arange(6) in two rows, minus 2 for signed types, modulo 2 for bool."""
     content = read_params_file(GOLDEN / "mxnet191_named.params")
     assert content.names is not None
     assert [name[:4] for name in content.names] == ["arg:", "arg:", "aux:", *["arg:"] * 6]
@@ -78,7 +78,7 @@ DTYPES = (
 
 @pytest.mark.parametrize("layout", Layout)
 def test_every_type_in_every_layout(tmp_path: Path, layout: Layout) -> None:
-    """The live test has MXNet read all four; here what we write comes back, with the device it came from."""
+    """Writing and reading keep values and devices; MXNet itself reads all four layouts in tests/mxnet."""
     arrays = [
         SavedArray(torch.arange(12).reshape(3, 1, 4).to(dtype), (2, index), layout)
         for index, dtype in enumerate(DTYPES)
@@ -93,7 +93,7 @@ def test_every_type_in_every_layout(tmp_path: Path, layout: Layout) -> None:
 
 
 def test_what_a_module_saves(tmp_path: Path) -> None:
-    """Prefixes as MXNet's Module writes them; tensors that are views or want gradients are written as they look."""
+    """Prefixes are those of MXNet's Module; views and tensors that require gradients are written by value."""
     tensors = {
         "conv0_weight": torch.arange(6.0).reshape(2, 3).t().requires_grad_(),
         "bn0_gamma": torch.ones(8)[::2],
@@ -127,8 +127,8 @@ def test_an_empty_file_of_arrays(tmp_path: Path) -> None:
     [
         (torch.tensor(1.0), r"'arg:x' has the shape \(\), expected one side or more"),
         (torch.ones(2, 0), r"'arg:x' has the shape \(2, 0\)"),
-        (torch.ones(2, dtype=torch.complex64), "'arg:x' is torch.complex64.*which MXNet does not have"),
-        (torch.ones(2, 2).to_sparse(), "torch.sparse_coo.*which MXNet does not have"),
+        (torch.ones(2, dtype=torch.complex64), "'arg:x' is torch.complex64.*which MXNet lacks"),
+        (torch.ones(2, 2).to_sparse(), "torch.sparse_coo.*which MXNet lacks"),
     ],
 )
 def test_what_mxnet_cannot_load_is_not_written(tmp_path: Path, tensor: Tensor, message: str) -> None:
@@ -139,7 +139,7 @@ def test_what_mxnet_cannot_load_is_not_written(tmp_path: Path, tensor: Tensor, m
     assert path.read_bytes() == b"old"
 
 
-# ---- files made to do harm ----
+# ---- malicious files ----
 
 
 def array(
@@ -163,7 +163,7 @@ def params(
     return head + b"".join(arrays) + struct.pack("<Q", len(names) if num_names is None else num_names) + tail
 
 
-def test_the_file_that_the_cases_below_change_is_good(tmp_path: Path) -> None:
+def test_the_file_that_the_cases_below_change_is_valid(tmp_path: Path) -> None:
     (tmp_path / "a.params").write_bytes(params(array(), names=(b"arg:x",)))
     assert read_params(tmp_path / "a.params")["x"].tolist() == [0, 0]
 
@@ -172,11 +172,11 @@ def test_the_file_that_the_cases_below_change_is_good(tmp_path: Path) -> None:
     "content, message",
     [
         (b"", "24 bytes are claimed, 0 are left"),
-        (b"PK\3\4" + bytes(60), "it begins with 0x4034b50"),
-        (struct.pack("<QQQQ", 0x112, 1, 0, 0), "it begins with 0x112, 0x1"),
+        (b"PK\3\4" + bytes(60), "it starts with 0x4034b50"),
+        (struct.pack("<QQQQ", 0x112, 1, 0, 0), "it starts with 0x112, 0x1"),
         (params(array(), count=2**64 - 1), "claims 18446744073709551615 arrays"),
         (params(array(), count=100_001), "claims 100001 arrays"),
-        (params(array(), count=2), "array 1 of 2: it has no shape"),  # the zeros of the names' count
+        (params(array(), count=2), "array 1 of 2: it has no shape"),  # the zeros of the number of names
         (params(array(), count=0), "the names: it claims 4187224777 names for 0 arrays"),
         (params(array(storage=2)), "array 0 of 1 is stored as csr"),
         (params(array(storage=3)), "claims storage type 3"),
@@ -203,7 +203,7 @@ def test_the_file_that_the_cases_below_change_is_good(tmp_path: Path) -> None:
         (params(array(), names=(b"a", b"b")), "claims 2 names for 1 arrays"),
         (params(array(), num_names=2**63), "claims 9223372036854775808 names for 1 arrays"),
         (params(array(), names=(b"\xff\xfe",)), "the names: one is not UTF-8 text"),
-        (params(array(), names=(b"a",)) + b"\0", "1 bytes follow that belong to nothing"),
+        (params(array(), names=(b"a",)) + b"\0", "1 bytes are left after the names"),
         (params(array(), num_names=1) + struct.pack("<Q", 2**64 - 1), "18446744073709551615 bytes are claimed"),
         (params(array(), num_names=1) + struct.pack("<Q", 2) + b"a", "2 bytes are claimed, 1 are left"),
         (params(array(), array(), names=(b"arg:a", b"aux:a")), "holds 'a' twice"),
@@ -211,7 +211,7 @@ def test_the_file_that_the_cases_below_change_is_good(tmp_path: Path) -> None:
     ],
     ids=itertools.count(),
 )
-def test_files_that_lie(tmp_path: Path, content: bytes, message: str) -> None:
+def test_inconsistent_files(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.params"
     path.write_bytes(content)
     assert not read_or_refused(lambda: read_params(path), str(path))
@@ -235,7 +235,7 @@ def test_damaged_files(tmp_path: Path, name: str) -> None:
     for content in all_damaged((GOLDEN / f"{name}.params").read_bytes(), 300):
         path.write_bytes(content)
         outcomes.append(read_or_refused(lambda: read_params_file(path), str(path)))
-        if outcomes[-1]:  # what is read at all is read whole
+        if outcomes[-1]:  # a file that is read is read completely
             write_params_file(again, read_params_file(path))
             assert again.read_bytes() == content
     assert False in outcomes

@@ -18,7 +18,7 @@ UNITS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3
 
 
 def torchvision_shapes(depth: int) -> dict[str, tuple[int, ...]]:
-    """Every entry of the state dict of torchvision's resnet<depth>, in its order."""
+    """Return every entry of the state dict of torchvision's resnet<depth>, in its order."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def conv(name: str, out: int, channels: int, kernel: int) -> None:
@@ -53,7 +53,7 @@ def torchvision_shapes(depth: int) -> dict[str, tuple[int, ...]]:
 
 
 def make_state_dict(depth: int) -> dict[str, Tensor]:
-    """Every tensor is filled with its own random number."""
+    """Return a state dict in which every tensor is filled with its own random number."""
     generator = torch.Generator().manual_seed(depth)
     return {
         name: torch.rand((), generator=generator).expand(shape).clone()
@@ -62,14 +62,14 @@ def make_state_dict(depth: int) -> dict[str, Tensor]:
 
 
 def golden_shapes() -> dict[str, tuple[int, ...]]:
-    """Every parameter and auxiliary state of the original FPN on ResNet-50."""
+    """Return every parameter and auxiliary state of the original FPN on ResNet-50."""
     golden = json.loads(GOLDEN.read_text())
     shapes = golden["arguments"] | golden["auxiliary_states"]
     return {name: tuple(shape) for name, shape in shapes.items()}
 
 
 def expected_shapes(depth: int) -> dict[str, tuple[int, ...]]:
-    """Our names of the backbone, for the depths that have no golden file."""
+    """Return our names and shapes of the backbone, for depths without a golden file."""
     renamed = {rename_layer(name): shape for name, shape in torchvision_shapes(depth).items()}
     return {name: shape for name, shape in renamed.items() if name is not None}
 
@@ -106,7 +106,7 @@ def test_torchvisions_resnet18_in_both_formats(tmp_path: Path, suffix: str) -> N
 
 
 def test_our_names_are_taken_as_they_are_and_half_becomes_float(tmp_path: Path) -> None:
-    """A checkpoint of a whole detector serves as a backbone."""
+    """A checkpoint of a whole detector can be used as a backbone."""
     stored = {name: torch.full(shape, 0.5, dtype=torch.float16) for name, shape in golden_shapes().items()}
     safetensors.torch.save_file(stored, tmp_path / "a.safetensors")
     tensors, line = load_backbone(tmp_path / "a.safetensors", golden_shapes(), "v1b")
@@ -118,7 +118,7 @@ def test_our_names_are_taken_as_they_are_and_half_becomes_float(tmp_path: Path) 
 
 @pytest.mark.parametrize("given", [18, 34, 101])
 def test_another_depth_is_named(tmp_path: Path, given: int) -> None:
-    """34 has the units of 50, and 101 has all the names of 50 and more."""
+    """34 has as many units as 50, and 101 has all the names of 50 and more."""
     stored = {name: torch.zeros(()).expand(shape) for name, shape in torchvision_shapes(given).items()}
     torch.save(stored, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=f"holds ResNet-{given}: set BackboneParam.depth={given}"):
@@ -148,7 +148,7 @@ def test_another_layout_is_refused(tmp_path: Path, name: str) -> None:
 
 
 class Payload:
-    """Unpickling this would run code."""
+    """An object whose unpickling would run code."""
 
     def __reduce__(self) -> tuple:
         return (pytest.fail, ("code of the file was run",))
@@ -174,7 +174,7 @@ def test_a_wrapped_state_dict_is_refused(tmp_path: Path) -> None:
         read_backbone(tmp_path / "a.pth")
 
 
-def test_the_usual_place_and_given_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_path_and_given_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrain_model").mkdir()
     usual = Path("pretrain_model/resnet50_v1b.pth")
@@ -186,7 +186,7 @@ def test_the_usual_place_and_given_paths(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_backbone(None, 50, "v1b") == usual.with_suffix(".safetensors")
 
 
-def test_v1_has_a_usual_place_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_v1_has_a_default_path_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrain_model").mkdir()
     Path("pretrain_model/resnet50_v1b.pth").touch()
@@ -199,9 +199,7 @@ def test_v1_has_a_usual_place_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_backbone(None, 50, "v1") == find_backbone("pretrain_model/resnet-v1-50", 101, "v1b") == usual
 
 
-def test_a_missing_backbone_says_how_to_get_it_and_how_to_do_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_backbone_is_an_error_with_the_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"utils/get_backbone\.py --depth 101;.*from_scratch=True"):
         find_backbone(None, 101, "v1b")
@@ -220,8 +218,8 @@ def test_torchvisions_bottlenecks_are_not_those_of_v1(tmp_path: Path) -> None:
         load_backbone(tmp_path / "a.pth", golden_shapes(), "v1")
 
 
-def test_our_own_names_are_taken_at_their_word(tmp_path: Path) -> None:
-    """They do not tell v1 from v1b: a checkpoint of either has them."""
+def test_our_own_names_are_accepted_for_both_variants(tmp_path: Path) -> None:
+    """Checkpoints of v1 and v1b have the same names."""
     stored = {name: torch.zeros(shape) for name, shape in golden_shapes().items()}
     safetensors.torch.save_file(stored, tmp_path / "a.safetensors")
     for variant in ("v1", "v1b"):

@@ -23,7 +23,7 @@ FIELDS = {"weight": "gamma", "bias": "beta"}
 
 
 def gluon_names(depth: int) -> dict[str, str]:
-    """Names in GluonCV's parameter files, by torchvision's."""
+    """Return names in GluonCV's parameter files by torchvision's."""
     names = [name for name in torchvision_shapes(depth) if not name.endswith("num_batches_tracked")]
     return {name: _gluon_name(name) for name in names}
 
@@ -35,7 +35,7 @@ def _gluon_name(name: str) -> str:
 
 
 def exported_names(depth: int) -> Iterator[tuple[str, str]]:
-    """GluonCV's names of every tensor but the classifier's: in parameter files, and exported."""
+    """Return GluonCV's names of every tensor but the classifier's: in parameter files, and exported."""
     convs = 2 if depth < 50 else 3
 
     def both(saved: tuple[str, str], exported: str, number: int) -> Iterator[tuple[str, str]]:
@@ -55,16 +55,16 @@ def exported_names(depth: int) -> Iterator[tuple[str, str]]:
 
 
 def save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """With the names as they are."""
+    """Save the tensors with their names unchanged."""
     write_params_file(path, ParamsFile([SavedArray(tensor) for tensor in tensors.values()], list(tensors)))
 
 
 def numbered(names: Iterator[str] | list[str], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Under each name a tensor of one element repeated, its place in the list."""
+    """Return a tensor for each name, filled with the name's position in the list."""
     return {name: torch.full(shapes[name], float(i)) for i, name in enumerate(names)}
 
 
-def test_the_names_made_here_are_those_that_gluoncv_writes() -> None:
+def test_the_generated_names_are_those_that_gluoncv_writes() -> None:
     assert list(gluon_names(18).values()) == NAMES["parameters"]
     classifier = {"arg:resnetv1b_dense0_weight", "arg:resnetv1b_dense0_bias"}
     assert {exported for _, exported in exported_names(18)} | classifier == set(NAMES["exported"])
@@ -100,7 +100,7 @@ def test_simpledets_backbone_has_our_names(tmp_path: Path) -> None:
 def zoo_names(depth: int) -> Iterator[tuple[str, str, str]]:
     """Every tensor of MXNet's own resnet<depth>_v1: our name, that in its parameter file, and that exported. Its
     tests/mxnet twin meets the real files."""
-    places = ((0, True), (3, False), (6, True)) if depth >= 50 else ((0, False), (3, False))  # layer, has it a bias?
+    places = ((0, True), (3, False), (6, True)) if depth >= 50 else ((0, False), (3, False))  # layer, has a bias
 
     def both(
         ours: tuple[str, str], saved: tuple[str, str], exported: str, number: int
@@ -132,7 +132,7 @@ def zoo_names(depth: int) -> Iterator[tuple[str, str, str]]:
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("depth", [18, 50])
 def test_mxnets_own_resnets(tmp_path: Path, depth: int, exported: bool) -> None:
-    """A bias goes into the mean that the next BatchNorm takes away; basic blocks, without any, tell no variant."""
+    """A bias is folded into the mean of the next BatchNorm; basic blocks have none, and determine no variant."""
     stored = {ours: torch.rand(3) for ours, *_ in zoo_names(depth)}
     theirs = {names[1 + exported]: stored[names[0]] for names in zoo_names(depth)}
     save(tmp_path / "a.params", {**theirs, "arg:resnetv10_dense0_bias" if exported else "output.bias": torch.ones(5)})

@@ -1,4 +1,4 @@
-"""SimpleDet's checkpoints, whose BatchNorms are merged or named in another way."""
+"""SimpleDet's checkpoints, whose BatchNorms are merged or have other names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from config.schema import Config, NormalizeParam
 from core.weights.checkpoint import require_fit
 from core.weights.first_weights import load_given_weights, shapes_of
 from core.weights.params_file import write_params
-from core.weights.simpledet_weights import as_ours, neck_norm_name
+from core.weights.simpledet_weights import from_simpledet, neck_norm_name
 from symbol.layers import normalizer_factory
 from tests.core.weights.test_first_weights import load as load_first
 from tests.small_config import DEMO, SMALL_NETWORK
@@ -24,7 +24,7 @@ DATA = (2, 3, 6, 6)
 
 
 def network(eps: float, seed: int) -> nn.Module:
-    """Two convolutions with fixed BatchNorms of random statistics."""
+    """Return two convolutions with fixed BatchNorms of random statistics."""
     norm = normalizer_factory(type="fixbn", eps=eps)
     x = S.Convolution(S.var("data"), name="conv0", num_filter=4, kernel=(3, 3), no_bias=True)
     x = S.Activation(norm(x, name="bn0"), act_type="relu")
@@ -38,7 +38,7 @@ def network(eps: float, seed: int) -> nn.Module:
 
 
 def merged(tensors: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
-    """What SimpleDet saves of a network with fixed BatchNorms: y = gamma x + beta, and no statistics."""
+    """Return the tensors that SimpleDet saves for fixed BatchNorms: y = gamma x + beta, without statistics."""
     saved = dict(tensors)
     for name in [name.removesuffix("_gamma") for name in tensors if name.endswith("_gamma")]:
         mean, var = saved.pop(f"{name}_moving_mean"), saved.pop(f"{name}_moving_var")
@@ -63,7 +63,7 @@ def config_from(path: Path, kind: str, eps: float = 1e-5) -> Config:
 @pytest.mark.parametrize("suffix", [".params", ".safetensors"])
 @pytest.mark.parametrize("eps, own_eps", [(1e-5, 1e-5), (2e-5, 1e-3)])
 def test_a_merged_network_computes_the_same(tmp_path: Path, suffix: str, eps: float, own_eps: float) -> None:
-    """The eps that it was merged with is in gamma and beta; ours is the one of the config."""
+    """The eps of merging is contained in gamma and beta; ours is that of the config."""
     trained, module = network(eps, seed=1), network(own_eps, seed=2)
     path = write_merged(tmp_path / "checkpoint-0006.params", trained, eps)
     if suffix == ".safetensors":
@@ -71,7 +71,7 @@ def test_a_merged_network_computes_the_same(tmp_path: Path, suffix: str, eps: fl
     lines = load_first(module, config_from(path, "fixbn", own_eps))
     assert lines == [
         f"{path}: SimpleDet merged 2 fixed BatchNorms; they get the mean 0 and the variance 1 - eps",
-        f"fine-tuning {path}: 11 of 11 tensors loaded, the others start at random",
+        f"fine-tuning {path}: 11 of 11 tensors loaded, the others are random",
     ]
     data = torch.rand(DATA, generator=torch.Generator().manual_seed(0))
     for mode in (True, False):
@@ -81,7 +81,7 @@ def test_a_merged_network_computes_the_same(tmp_path: Path, suffix: str, eps: fl
 
 
 @pytest.mark.parametrize("kind", ["localbn", "syncbn"])
-def test_merged_norms_are_for_fixed_ones_alone(tmp_path: Path, kind: str) -> None:
+def test_merged_norms_require_fixed_statistics(tmp_path: Path, kind: str) -> None:
     path = write_merged(tmp_path / "checkpoint-0006.params", network(1e-5, seed=1), 1e-5)
     module = network(1e-5, seed=2)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -93,13 +93,13 @@ def test_merged_norms_are_for_fixed_ones_alone(tmp_path: Path, kind: str) -> Non
 
 
 def test_norms_that_were_not_merged_keep_their_statistics() -> None:
-    """One that follows no convolution is as it was."""
+    """SimpleDet does not merge a BatchNorm that follows no convolution."""
     module = network(1e-5, seed=1)
     saved = merged(module.state_dict(), 1e-5) | {n: t for n, t in module.state_dict().items() if n.startswith("bn1")}
-    found, (line,) = as_ours(saved, shapes_of(module), NormalizeParam(type="fixbn"), "a.params")
+    found, (line,) = from_simpledet(saved, shapes_of(module), NormalizeParam(type="fixbn"), "a.params")
     assert "merged 1 fixed" in line
     assert all(found[name] is tensor for name, tensor in saved.items() if name.startswith("bn1"))
-    assert saved["bn0_gamma"].shape == (1, 4, 1, 1)  # the caller's stay
+    assert saved["bn0_gamma"].shape == (1, 4, 1, 1)  # the caller's tensors are unchanged
 
 
 @pytest.mark.parametrize(
@@ -107,15 +107,15 @@ def test_norms_that_were_not_merged_keep_their_statistics() -> None:
     [
         ({"scale_gamma": torch.ones(1, 3, 1, 1)}, {"scale_gamma"}),  # no BatchNorm
         ({"bn0_gamma": torch.ones(2, 3, 1, 1)}, {"bn0_gamma", "bn0_moving_mean"}),
-        ({"bn0_gamma": torch.ones(3)}, {"bn0_gamma", "bn0_moving_mean"}),  # statistics were lost: no merging
+        ({"bn0_gamma": torch.ones(3)}, {"bn0_gamma", "bn0_moving_mean"}),  # statistics are missing without merging
         ({"bn0_gamma": torch.ones(1, 3, 1, 1), "bn0_moving_mean": torch.ones(3)}, {"bn0_gamma", "bn0_moving_mean"}),
         ({"S1_P4_1_bn_gamma": torch.ones(3)}, {"S1_P4_1_bn_gamma"}),
         ({"S1_P4_1_bn_gamma": torch.ones(3)}, {"other"}),
         ({"S1_P4_1_bn_gamma": torch.ones(3), "S1_P4_1_bn_neck_gamma": torch.ones(3)}, {"S1_P4_1_bn_neck_gamma"}),
     ],
 )
-def test_what_is_not_simpledets_stays(saved: dict[str, Tensor], expected: set[str]) -> None:
-    assert as_ours(saved, expected, NormalizeParam(), "a.params") == (saved, [])
+def test_other_tensors_are_unchanged(saved: dict[str, Tensor], expected: set[str]) -> None:
+    assert from_simpledet(saved, expected, NormalizeParam(), "a.params") == (saved, [])
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_names_of_the_necks_norms(name: str, ours: str) -> None:
 
 @pytest.mark.parametrize("kind", ["localbn", "fixbn"])
 def test_a_nas_fpn_of_simpledet_fits(tmp_path: Path, kind: str) -> None:
-    """Its names in the neck, and with fixed BatchNorms its shapes: every tensor finds its place."""
+    """All tensors fit, with SimpleDet's names in the neck and its shapes of fixed BatchNorms."""
     given = ["RpnParam.num_class=4", "ModelParam.from_scratch=False", f"NormalizeParam.type={kind}"]
     config = load_config(str(DEMO), False, [*SMALL_NETWORK, f"DatasetParam.data_root={tmp_path}", *given])
     graph = config.ModelParam.test_symbol
@@ -146,7 +146,7 @@ def test_a_nas_fpn_of_simpledet_fits(tmp_path: Path, kind: str) -> None:
     tensors, progress = load_given_weights(tmp_path / "net-0025.params")
     assert "S1_P6_7_bn_gamma" in tensors
     names = [*graph.list_arguments(), *graph.list_auxiliary_states()]
-    found, lines = as_ours(tensors, names, config.NormalizeParam, "net-0025.params")
+    found, lines = from_simpledet(tensors, names, config.NormalizeParam, "net-0025.params")
     require_fit(shapes_of(module), found, "net-0025.params")
     num_stat = 4 if kind == "localbn" else 2
     assert lines[0] == (
