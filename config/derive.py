@@ -121,9 +121,13 @@ def _published_classes(config: Config) -> int | None:
 
 def _derive_learning_rate(config: Config) -> None:
     optimizer, devices = config.OptimizeParam.optimizer, config.KvstoreParam.num_device
-    fill(config.OptimizeParam, "step_image", config.General.batch_image * devices * config.OptimizeParam.accumulate)
+    fill(
+        config.OptimizeParam,
+        "global_batch_size",
+        config.General.batch_image * devices * config.OptimizeParam.accumulate,
+    )
     if optimizer.lr is None:
-        optimizer.lr = optimizer.lr_per_image * config.OptimizeParam.step_image
+        optimizer.lr = optimizer.lr_per_image * config.OptimizeParam.global_batch_size
 
 
 def _derive_graphs(config: Config, is_train: bool) -> None:

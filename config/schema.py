@@ -163,7 +163,7 @@ class ModelParam(Section):
 @dataclass(kw_only=True, slots=True)
 class Optimizer(Section):
     type: Literal["sgd"] = "sgd"
-    lr_per_image: float = above(0, 0.01 / 8)  # the linear rule: lr = lr_per_image * step_image
+    lr_per_image: float = above(0, 0.01 / 8)  # the linear rule: lr = lr_per_image * global_batch_size
     lr: float | None = above(0, None)  # None: from the linear rule
     momentum: float = between(0, 1, 0.9)
     wd: float = at_least(0, 1e-4)
@@ -187,7 +187,7 @@ class Warmup(Section):
 @dataclass(kw_only=True, slots=True)
 class OptimizeParam(Section):
     accumulate: int = at_least(1, 1)  # gradient accumulation: batches of General.batch_image per device per update
-    step_image: int = derived("General.batch_image, KvstoreParam.num_device and OptimizeParam.accumulate")
+    global_batch_size: int = derived("General.batch_image, KvstoreParam.num_device and OptimizeParam.accumulate")
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     warmup: Warmup = field(default_factory=Warmup)

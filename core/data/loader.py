@@ -64,7 +64,7 @@ class TrainLoader:
     ) -> None:
         assert 0 <= rank < world_size
         self.dataset = dataset
-        self.step_image = batch_image * accumulate * world_size
+        self.global_batch_size = batch_image * accumulate * world_size
         self.accumulate = accumulate
         self.num_worker = num_worker
         self.pin_memory = pin_memory
@@ -101,11 +101,11 @@ class TrainLoader:
     def _batches(self, start: Position) -> list[np.ndarray]:
         """Return the samples of each remaining step of an epoch."""
         num_sample, done = len(self.dataset), (start.sample, start.portrait)
-        return epoch_batches(self.dataset.seed, start.epoch, num_sample, self.step_image, self._portrait, done)
+        return epoch_batches(self.dataset.seed, start.epoch, num_sample, self.global_batch_size, self._portrait, done)
 
     def _spares(self, epoch: int, sample: int) -> list[int]:
         num_sample = len(self.dataset)
-        return spare_samples(self.dataset.seed, epoch, num_sample, self.step_image, self._portrait, sample)
+        return spare_samples(self.dataset.seed, epoch, num_sample, self.global_batch_size, self._portrait, sample)
 
     def _shards(self) -> Iterator[Shard]:
         step, num_shard = self.start_step, self.world_size * self.accumulate

@@ -37,10 +37,10 @@ def describe_run(config: Config) -> str:
         *_indented(memory.lines()),
         "",
     ]
-    accumulate, step_image = config.OptimizeParam.accumulate, config.OptimizeParam.step_image
+    accumulate, global_batch_size = config.OptimizeParam.accumulate, config.OptimizeParam.global_batch_size
     times = f", {accumulate} times" if accumulate > 1 else ""
-    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {step_image} per step"
-    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, step_image))]
+    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {global_batch_size} per step"
+    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, global_batch_size))]
     return "\n".join(lines)
 
 

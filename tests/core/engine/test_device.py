@@ -45,7 +45,7 @@ def test_missing_gpus_are_an_error_with_what_to_run(
 def test_the_linear_rule_counts_what_is_accumulated() -> None:
     base = ["RpnParam.num_class=3", "KvstoreParam.gpus=0", "General.batch_image=4"]
     config = load_config(NASFPN, is_train=True, overrides=[*base, "OptimizeParam.accumulate=6"])
-    assert config.OptimizeParam.step_image == 24
+    assert config.OptimizeParam.global_batch_size == 24
     assert config.OptimizeParam.optimizer.lr == pytest.approx(24 * 0.01 / 8)
 
 

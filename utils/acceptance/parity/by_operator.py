@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 import symbol as S
-from core.engine.device import place
+from core.engine.device import move_module
 from core.engine.trainer import transform_batches
 from models.record import select
 from symbol.passes import in_precision
@@ -50,7 +50,7 @@ def _compare_all(context: Context, graph: S.Symbol, inputs: dict[str, Tensor], p
     computed_in: Any = precision if precision in ("float16", "bfloat16") else "float32"
     module = S.lower(in_precision(graph, computed_in), seed=0)
     wide = torch.float64 if precision == "float64" else torch.float32
-    place(module, context.device).train().to(wide)
+    move_module(module, context.device).train().to(wide)
     walk = _Walk(module, context.device, wide)
     walk.run(*_in_order(module, inputs))
     for operator, (forward, gradient, at) in sorted(walk.worst.items()):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import symbol as S
 from config.schema import Config
-from core.engine.device import place
+from core.engine.device import move_module
 from core.engine.trainer import transform_batches
 from models.record import Batch, select
 from symbol.passes import in_precision
@@ -99,7 +99,7 @@ def compute(config: Config, batch: Batch, device: torch.device, precision: str) 
     computed_in: Any = precision if precision in ("float16", "bfloat16") else "float32"
     module = S.lower(in_precision(config.ModelParam.train_symbol, computed_in), seed=0)
     wide = torch.float64 if precision == "float64" else torch.float32
-    place(module, device).train().to(wide)
+    move_module(module, device).train().to(wide)
     given = select(batch, config.data_name + config.label_name)
     inputs = {name: value.to(device, wide) for name, value in given.items()}
     losses = torch.stack([loss.reshape(()) for loss in module(**inputs)])  # (L,)

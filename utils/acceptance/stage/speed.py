@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from core.engine.device import peak_memory
-from core.engine.out_of_memory import explained_memory
+from core.engine.out_of_memory import explain_out_of_memory
 from core.engine.step_memory import GIB, step_memory
 from core.engine.trainer import Trainer
 from symbol.passes import in_precision
@@ -92,11 +92,11 @@ def measure(context: Context, path: Path, trainer: Trainer, images: int) -> dict
     """Record the rate, the host's time and the memory of a step; a batch that does not fit is a row too."""
     device, config = trainer.device, trainer.config
     short, long = config.ResizeParam.short, config.ResizeParam.long
-    graph = in_precision(config.ModelParam.train_symbol, trainer.computed_in)
+    graph = in_precision(config.ModelParam.train_symbol, trainer.compute_dtype)
     counted = step_memory(graph, config.ModelParam, images, short, long).total_bytes / GIB
-    row: dict[str, Any] = {"config": path.stem, "type": trainer.computed_in, "images": images}
+    row: dict[str, Any] = {"config": path.stem, "type": trainer.compute_dtype, "images": images}
     try:
-        with explained_memory(config, device, "a step"):
+        with explain_out_of_memory(config, device, "a step"):
             row |= _timed(device, stepper(trainer, images), images, context.small)
     except MemoryError:
         row["memory"] = "does not fit"
