@@ -47,8 +47,8 @@ def run(context: Context) -> None:
 
 def _compare_all(context: Context, graph: S.Symbol, inputs: dict[str, Tensor], precision: str, bound: float) -> None:
     set_tf32(precision == "TF32")
-    computed_in: Any = precision if precision in ("float16", "bfloat16") else "float32"
-    module = S.lower(in_precision(graph, computed_in), seed=0)
+    compute_dtype: Any = precision if precision in ("float16", "bfloat16") else "float32"
+    module = S.lower(in_precision(graph, compute_dtype), seed=0)
     wide = torch.float64 if precision == "float64" else torch.float32
     move_module(module, context.device).train().to(wide)
     walk = _Walk(module, context.device, wide)

@@ -96,8 +96,8 @@ def compute(config: Config, batch: Batch, device: torch.device, precision: str) 
     The batch's numbers are the same for every device and precision: what differs is the network.
     """
     set_tf32(precision == "TF32")
-    computed_in: Any = precision if precision in ("float16", "bfloat16") else "float32"
-    module = S.lower(in_precision(config.ModelParam.train_symbol, computed_in), seed=0)
+    compute_dtype: Any = precision if precision in ("float16", "bfloat16") else "float32"
+    module = S.lower(in_precision(config.ModelParam.train_symbol, compute_dtype), seed=0)
     wide = torch.float64 if precision == "float64" else torch.float32
     move_module(module, device).train().to(wide)
     given = select(batch, config.data_name + config.label_name)
