@@ -43,18 +43,17 @@ def require_gpus(config: Config) -> None:
     if missing is None:
         return
     problem, remedy = missing
-    global_batch_size = (
-        config.General.batch_image * max(1, torch.cuda.device_count()) * kvstore.machines * optimize.accumulate
-    )
-    by_rule = optimize.optimizer.lr_per_image * global_batch_size
+    num_device = max(1, torch.cuda.device_count()) * kvstore.machines
+    images = config.General.batch_image * num_device * optimize.accumulate
+    by_rule = optimize.optimizer.lr_per_image * images
     message = (
-        f"{problem}. Add {remedy}: the global batch size is then {global_batch_size}, for which the linear rule gives the "
+        f"{problem}. Add {remedy}: the global batch size is then {images}, for which the linear rule gives the "
         f"learning rate {by_rule:g}"
     )
     if optimize.optimizer.lr != optimize.optimizer.lr_per_image * optimize.global_batch_size:
         message += f" (the config sets {optimize.optimizer.lr:g})"
-    if optimize.global_batch_size > global_batch_size and optimize.global_batch_size % global_batch_size == 0:
-        accumulate = optimize.accumulate * optimize.global_batch_size // global_batch_size
+    if optimize.global_batch_size > images and optimize.global_batch_size % images == 0:
+        accumulate = optimize.accumulate * optimize.global_batch_size // images
         message += (
             f". Or add {remedy} --set OptimizeParam.accumulate={accumulate}: the config's global batch size of "
             f"{optimize.global_batch_size} and learning rate of {optimize.optimizer.lr:g}, by accumulating gradients"

@@ -37,10 +37,10 @@ def describe_run(config: Config) -> str:
         *_indented(memory.lines()),
         "",
     ]
-    accumulate, global_batch_size = config.OptimizeParam.accumulate, config.OptimizeParam.global_batch_size
+    accumulate, images = config.OptimizeParam.accumulate, config.OptimizeParam.global_batch_size
     times = f", {accumulate} times" if accumulate > 1 else ""
-    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {global_batch_size} per step"
-    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, global_batch_size))]
+    step = f"{batch_image} images on each of {devices} device{'s' if devices > 1 else ''}{times}: {images} per step"
+    lines += [f"Schedule, {step}", *_indented(_schedule_lines(config, images))]
     return "\n".join(lines)
 
 

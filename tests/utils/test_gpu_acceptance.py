@@ -276,7 +276,7 @@ def test_figures_of_published_configs() -> None:
 def test_speed_of_a_config_without_published_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = EXPERIMENTS / "retina_r50v1b_tdbu_640_3@384_25epoch.py"
     config = config_of(path, CPU, "float32", *NARROW)
-    trainer = SimpleNamespace(config=config, device=CPU, computed_in="float32")
+    trainer = SimpleNamespace(config=config, device=CPU, compute_dtype="float32")
     monkeypatch.setattr(speed, "build", lambda *_: trainer)
     monkeypatch.setattr(speed, "_timed", lambda *_: {"images/s": 1.0})
     monkeypatch.setattr(speed, "_fits", lambda _: False)

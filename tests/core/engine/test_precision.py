@@ -185,7 +185,7 @@ def test_losses_statistics_last_convolutions_and_weights_are_float32(load: Run, 
 
 
 @pytest.mark.parametrize("dtype, unit", [("float16", 2**-11), ("bfloat16", 2**-8)])
-def test_half_precision_follows_float32(load: Run, computed_in: Any, dtype: str, unit: float) -> None:
+def test_half_precision_follows_float32(load: Run, compute_dtype: Any, dtype: str, unit: float) -> None:
     """From the same weights a loss is an average of many values that are rounded by a unit each; measured: 0.7 units.
     The gradient's norm carries the roundings of all layers, and of BN over the few values of P7; measured: 3 %. So do
     the losses of later steps, in which two processors differ as much as two precisions; measured: 0.3 %."""
