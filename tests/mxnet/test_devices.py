@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ SMALL = [
     "OptimizeParam.schedule.lr_epoch=()",
     "OptimizeParam.warmup.epoch=0.5",
 ]
-Trained = tuple[list[list[float]], dict[str, Tensor], dict[str, Tensor]]
+Trained = tuple[list[list[float]], Mapping[str, Tensor], Mapping[str, Tensor]]
 
 
 @pytest.fixture(scope="module")

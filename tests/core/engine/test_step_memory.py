@@ -86,14 +86,14 @@ def test_until_and_budget_require_memonger(field: str) -> None:
     name = field.split("=")[0]
     with pytest.raises(ValueError, match=rf"ModelParam.{name} is .*, but ModelParam.memonger is False; write"):
         small(f"ModelParam.{field}")
-    with pytest.raises(ValueError, match="memonger_budget: expected GiB, more than 0, got 0"):
+    with pytest.raises(ValueError, match=r"memonger_budget: expected more than 0 \(GiB\), got 0"):
         small("ModelParam.memonger=True", "ModelParam.memonger_budget=0")
 
 
 def test_a_dry_run_shows_the_effect_in_the_precision_of_the_run() -> None:
     path = CONFIGS / "retina_r50v1b_fpn_640_1@256_25epoch.py"
     text = describe_run(load_config(path, is_train=True, overrides=("ModelParam.memonger=True",)))
-    assert "Memory of a step on each device (8 images, activations in float16)" in text
+    assert "Memory per step on each device (8 images, activations in float16)" in text
     assert "memonger: recomputed up to " in text
     assert "% more multiply-adds per step" in text
     plain = describe_run(load_config(path, is_train=True, overrides=("General.fp16=False",)))
