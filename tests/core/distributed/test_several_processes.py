@@ -12,19 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_config import DEMO, SMALL_TRAINING
 from utils.make_demo_dataset import make_demo_dataset
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
-    *SMALL_NETWORK,
+    *SMALL_TRAINING,
     "General.batch_image=2",
-    "General.log_frequency=2",
-    "TestParam.eval_epoch=0",
-    "OptimizeParam.optimizer.lr=0.01",
     "OptimizeParam.schedule.end_epoch=4",
     "OptimizeParam.schedule.lr_epoch=3",
-    "OptimizeParam.warmup.epoch=0.5",
 ]
 TIMEOUT = 300
 
@@ -38,7 +34,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def start(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
-    """Starts a training of 20 steps: 9 images twice, 4 images a step. The folder of all runs is `start.root`."""
+    """A function that starts a training of 20 steps: 9 images twice, 4 per step. All runs lie in `start.root`."""
     root = tmp_path_factory.mktemp("runs")
 
     def start(
