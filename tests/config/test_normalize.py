@@ -11,12 +11,10 @@ from config.schema import ModelParam
 from core.engine.optimizer import SGD, multipliers
 from symbol import lower, var
 from symbol.layers import normalizer_factory
+from tests.small_config import SMALL_NETWORK
 
 Build = Callable[..., ModelParam]
-SMALL = [
-    *("KvstoreParam.gpus=cpu", "General.fp16=False", "BackboneParam.depth=18", "BackboneParam.num_filter=4"),
-    *("NeckParam.dim_reduced=4", "NeckParam.num_stage=1", "RpnParam.head.conv_channel=4", "RpnParam.head.num_conv=1"),
-]
+SMALL = [*SMALL_NETWORK, "KvstoreParam.gpus=cpu", "General.fp16=False", "BackboneParam.depth=18"]
 
 
 @pytest.fixture

@@ -10,18 +10,17 @@ import torch
 
 import symbol
 from config.load import load_config
+from tests.small_config import NARROW
 
 FOLDER = Path(__file__).parents[2] / "config"
 FILES = sorted(FOLDER.glob("*/retina_*.py"))
 SMALL = [
+    *NARROW,
     "KvstoreParam.gpus=cpu",
     "General.fp16=False",
     "ResizeParam.short=128",
     "ResizeParam.long=128",
     "BackboneParam.depth=18",
-    "BackboneParam.num_filter=8",
-    "NeckParam.dim_reduced=8",
-    "RpnParam.head.conv_channel=8",
     "RpnParam.proposal.pre_nms_top_n=100",
 ]
 CLASSES = ["circle", "cross", "ring", "square", "star", "triangle"]

@@ -13,10 +13,10 @@ from config.load import load_config
 from core.weights.checkpoint import load_weights
 from core.weights.params_file import write_params
 from symbol import lower
+from tests.config.simpledet_edits import DEMO
 from tests.small_config import SMALL_NETWORK
 from utils.make_demo_dataset import make_demo_dataset
 
-DEMO = Path(__file__).with_name("simpledet_demo.py")
 SIDES = "(13, 7, 4, 2, 1)"  # 100 and 104 divided by the strides
 EPOCHS = ["OptimizeParam.schedule.lr_epoch=", "OptimizeParam.warmup.epoch=0"]
 V1 = {

@@ -15,7 +15,7 @@ from config.image_set import ImageSet
 from config.load import format_config, load_config
 from config.schema import Config
 from core.detection_module import fit
-from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_config import DEMO, SMALL_TRAINING
 from utils.make_demo_dataset import make_demo_dataset
 
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
@@ -62,17 +62,6 @@ def write_coco(tmp_path: Path) -> Callable[..., ImageSet]:
     return write
 
 
-SMALL = [
-    *SMALL_NETWORK,
-    "General.batch_image=4",
-    "General.log_frequency=2",
-    "TestParam.eval_epoch=0",
-    "OptimizeParam.optimizer.lr=0.01",
-    "OptimizeParam.schedule.end_epoch=3",
-    "OptimizeParam.schedule.lr_epoch=2",
-    "OptimizeParam.warmup.epoch=0.5",
-]
-
 Run = Callable[..., Config]
 
 
@@ -89,7 +78,7 @@ def load(data_root: Path, tmp_path: Path) -> Run:
 
     def load(*overrides: str, name: str = "run") -> Config:
         places = [f"General.output_root={tmp_path}", f"General.name={name}", f"DatasetParam.data_root={data_root}"]
-        return load_config(str(DEMO), is_train=True, overrides=[*SMALL, *places, *overrides])
+        return load_config(str(DEMO), is_train=True, overrides=[*SMALL_TRAINING, *places, *overrides])
 
     return load
 

@@ -1,18 +1,15 @@
 """A whole detector on parts of a batch: in two processes, and without images."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 import symbol as S
 from config.load import load_config
 from operator_cxx import library
+from tests.small_config import DEMO, NARROW
 from tests.two_processes import run_in_processes
 
-DEMO = Path(__file__).parents[2] / "config" / "demo" / "retina_r18v1b_nasfpn_128_2@48_demo.py"
-SMALL = ["BackboneParam.num_filter=8", "NeckParam.dim_reduced=8", "RpnParam.head.conv_channel=8"]
-SYNCED = [*SMALL, "NormalizeParam.type=syncbn", "RpnParam.sync_loss=True"]
+SYNCED = [*NARROW, "NormalizeParam.type=syncbn", "RpnParam.sync_loss=True"]
 BOXES = [(8, 8, 71, 71, 1), (30, 20, 60, 90, 3), (64, 64, 120, 127, 2), (10, 70, 40, 100, 6)]
 
 
@@ -54,7 +51,7 @@ def test_two_processes_equal_one(parts):
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "plain torch"])
-@pytest.mark.parametrize("overrides", [SMALL, SYNCED], ids=["local", "synced"])
+@pytest.mark.parametrize("overrides", [NARROW, SYNCED], ids=["local", "synced"])
 def test_no_images_give_no_loss_and_no_gradient(overrides, compiled, monkeypatch):
     if not compiled:
         monkeypatch.setattr(library, "loaded", {})

@@ -24,19 +24,18 @@ from core.data.loader import make_train_loader
 from core.engine import trainer as torch_engine
 from core.engine_mxnet.trainer import build_trainer
 from core.weights.checkpoint import load_weights
-from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_config import DEMO, SMALL_TRAINING
 from tests.small_run import records
 from utils.make_demo_dataset import make_demo_dataset
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    *SMALL_NETWORK,
+    *SMALL_TRAINING,
+    "General.batch_image=8",
     "General.log_frequency=1",
-    "TestParam.eval_epoch=0",
     "OptimizeParam.optimizer.lr=0.004",
     "OptimizeParam.schedule.end_epoch=1",
     "OptimizeParam.schedule.lr_epoch=()",
-    "OptimizeParam.warmup.epoch=0.5",
 ]
 Trained = tuple[list[list[float]], Mapping[str, Tensor], Mapping[str, Tensor]]
 

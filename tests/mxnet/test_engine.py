@@ -20,19 +20,16 @@ from core import detection_module, inference
 from core.engine_mxnet.engine import MxnetDetector
 from core.engine_mxnet.trainer import MxnetTrainer
 from core.weights.checkpoint import load_weights
-from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_config import DEMO, SMALL_TRAINING
 from tests.small_run import records, stop_at
 from utils.make_demo_dataset import make_demo_dataset
 
 SMALL = [
-    *SMALL_NETWORK,
-    "General.batch_image=4",
+    *SMALL_TRAINING,
     "General.log_frequency=1",
-    "TestParam.eval_epoch=0",
     "OptimizeParam.optimizer.lr=0.004",
     "OptimizeParam.schedule.end_epoch=2",
     "OptimizeParam.schedule.lr_epoch=1.5",
-    "OptimizeParam.warmup.epoch=0.5",
 ]
 Load = Callable[..., Config]
 

@@ -12,19 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_config import DEMO, SMALL_TRAINING
 from utils.make_demo_dataset import make_demo_dataset
 
 ROOT = Path(__file__).parents[3]
 SMALL = [
-    *SMALL_NETWORK,
+    *SMALL_TRAINING,
     "General.batch_image=2",
-    "General.log_frequency=2",
-    "TestParam.eval_epoch=0",
-    "OptimizeParam.optimizer.lr=0.01",
     "OptimizeParam.schedule.end_epoch=4",
     "OptimizeParam.schedule.lr_epoch=3",
-    "OptimizeParam.warmup.epoch=0.5",
 ]
 TIMEOUT = 300
 

@@ -21,21 +21,17 @@ from typing import IO, Any
 import pytest
 
 from core.weights.checkpoint import STATE_SUFFIX, WEIGHTS_SUFFIX, latest
-from tests.small_config import DEMO, SMALL_NETWORK
+from tests.small_config import DEMO, SMALL_TRAINING
 from utils.make_demo_dataset import make_demo_dataset
 
 ROOT = Path(__file__).parents[3]
 END_EPOCH = 3
 SMALL = [
-    *SMALL_NETWORK,
+    *SMALL_TRAINING,
     "General.batch_image=2",
     "General.log_frequency=1",
     "General.keep_checkpoints=2",
-    "TestParam.eval_epoch=0",
-    "OptimizeParam.optimizer.lr=0.01",
     f"OptimizeParam.schedule.end_epoch={END_EPOCH}",
-    "OptimizeParam.schedule.lr_epoch=2",
-    "OptimizeParam.warmup.epoch=0.5",
 ]
 KILLS = 50
 LEAST = 10  # kills of each phase: a test without kills, or with all at the same moment, must not pass

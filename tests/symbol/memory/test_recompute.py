@@ -23,17 +23,16 @@ from symbol import lower
 from symbol.memory import Plan, count_activations, smallest, within
 from symbol.passes import in_precision
 from symbol.torch_backend.segment import Segment
+from tests.small_config import NARROW
 from tests.two_processes import run_in_processes
 
 CONFIGS = Path(__file__).parents[3] / "config" / "NASFPN"
 FPN, NASFPN = "retina_r50v1b_fpn_640_1@256", "retina_r50v1b_nasfpn_640_7@256"
 SMALL = (
+    *NARROW,
     "RpnParam.num_class=4",
     "BackboneParam.depth=18",
-    "BackboneParam.num_filter=8",
-    "NeckParam.dim_reduced=8",
     "NeckParam.num_stage=2",
-    "RpnParam.head.conv_channel=8",
     "RpnParam.head.num_conv=2",
     "KvstoreParam.gpus=0",
 )

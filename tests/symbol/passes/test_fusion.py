@@ -5,8 +5,8 @@ import symbol as S
 from config.load import load_config
 from symbol import Group, lower, var
 from symbol.passes import fuse_losses
+from tests.small_config import DEMO
 
-DEMO = "config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py"
 FUSED = ("_focal_loss_levels", "_smooth_l1_levels")
 SHAPE = {"x": (2, 5, 3, 4)}  # 2 images, 12 cells
 
