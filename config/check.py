@@ -32,19 +32,16 @@ def _check_required(config: Config) -> None:
 def _check_bounds(config: Config) -> None:
     for key, section, entry in leaves(config):
         bound: Bound | None = entry.metadata.get("bound")
-        value = getattr(section, entry.name) if bound is not None else None
-        if bound is not None and value is not None and not bound.holds(value):
+        if bound is None:
+            continue
+        value = getattr(section, entry.name)
+        if value is not None and not bound.holds(value):
             raise ValueError(f"{key}: expected {bound.expected}, got {value!r}")
 
 
 def _check_run(config: Config) -> None:
-    if config.General.name == "":
-        raise ValueError("General.name: expected a folder name or None (the config file's stem), got ''")
-    gpus = config.KvstoreParam.gpus
-    if len(set(gpus)) != len(gpus) or any(gpu < 0 for gpu in gpus):
-        raise ValueError(f"KvstoreParam.gpus: expected distinct device numbers, 0 or more, got {gpus}")
     kvstore = config.KvstoreParam
-    if gpus and kvstore.processes != 1:
+    if kvstore.gpus and kvstore.processes != 1:
         raise ValueError(
             f"KvstoreParam.processes is {kvstore.processes}, but it applies to CPU training only: write 1, or "
             "train on the CPU with --gpus cpu"
@@ -54,12 +51,6 @@ def _check_run(config: Config) -> None:
             f"KvstoreParam: expected kvstore dist_sync with 2 or more machines, and local or device with 1; got "
             f"{kvstore.kvstore} and machines {kvstore.machines}"
         )
-    image_sets = config.DatasetParam.image_set
-    if not image_sets or len(set(image_sets)) != len(image_sets):
-        raise ValueError(
-            f"DatasetParam.image_set: expected one or more distinct image sets, such as "
-            f"('coco_train2017',), got {image_sets}"
-        )
     if config.TestParam.eval_epoch and config.TestParam.eval_image_set is None:
         raise ValueError(
             f"TestParam.eval_epoch is {config.TestParam.eval_epoch}, but no image set to evaluate is given; "
@@ -68,15 +59,7 @@ def _check_run(config: Config) -> None:
 
 
 def _check_network(config: Config) -> None:
-    if config.NeckParam.S0_kernel < 1 or config.NeckParam.S0_kernel % 2 == 0:
-        raise ValueError(
-            f"NeckParam.S0_kernel: expected an odd number (1, 3, ...), which preserves the feature map size; "
-            f"got {config.NeckParam.S0_kernel}"
-        )
     anchor = config.RpnParam.anchor_generate
-    for name, values in (("scale", anchor.scale), ("ratio", anchor.ratio)):
-        if not values or min(values) <= 0:
-            raise ValueError(f"RpnParam.anchor_generate.{name}: expected positive numbers, got {values}")
     if anchor.stride != AnchorGenerate().stride:
         raise ValueError(
             f"RpnParam.anchor_generate.stride: expected {AnchorGenerate().stride}, the strides of the "
@@ -89,18 +72,10 @@ def _check_network(config: Config) -> None:
             "ModelParam.from_scratch=True loads none: activations of random weights would diverge; write "
             "NormalizeParam.type=localbn"
         )
-    num_class = config.RpnParam.num_class
-    if num_class is not None and num_class < 2:
-        raise ValueError(
-            f"RpnParam.num_class: expected the foreground classes + 1, at least 2, got {num_class}; "
-            f"with None they are counted in the annotations"
-        )
 
 
 def _check_memonger(config: Config) -> None:
     model = config.ModelParam
-    if model.memonger_budget is not None and not model.memonger_budget > 0:
-        raise ValueError(f"ModelParam.memonger_budget: expected more than 0 (GiB), got {model.memonger_budget}")
     for name, value in (("memonger_until", model.memonger_until), ("memonger_budget", model.memonger_budget)):
         if value is not None and not model.memonger:
             raise ValueError(
@@ -135,8 +110,6 @@ def _check_input(config: Config) -> None:
             f"RenameParam.mapping: expected 'image' to be renamed to 'data', the graph's input, got "
             f"{config.RenameParam.mapping}"
         )
-    if min(config.NormParam.std) <= 0:
-        raise ValueError(f"NormParam.std: expected positive numbers, got {config.NormParam.std}")
 
 
 def _check_assignment(config: Config) -> None:

@@ -23,9 +23,7 @@ class ImageSet:
     name: str
     annotation: str
     image_dir: str
-    by_name: bool = field(
-        default=False, repr=False, compare=False
-    )  # paths were derived from the data root by `resolve`
+    by_name: bool = field(default=False, repr=False, compare=False)  # paths derived from the data root by `resolve`
 
     @property
     def remedy(self) -> str:

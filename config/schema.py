@@ -1,8 +1,9 @@
 """The schema of an experiment: one typed tree with a section per concern.
 
 Section and field names are SimpleDet's. A `derived` field is computed by `config.derive` from other fields and cannot
-be set. A `required` field has no default: the config file sets it. `at_least`, `above` and `between` give a field's
-bounds and its default. Boxes are xyxy in input pixels with inclusive corners; sizes are in input pixels.
+be set. A `required` field has no default: the config file sets it. `at_least`, `above`, `between`, `positive` and
+`bounded` give a field's bounds and its default. Boxes are xyxy in input pixels with inclusive corners; sizes are in
+input pixels.
 """
 
 # ruff: noqa: RUF009 (derived, required and the bounds return dataclass fields)
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from config.image_set import ImageSet
-from config.section import Section, above, at_least, between, derived, required
+from config.section import Section, above, at_least, between, bounded, derived, positive, required
 from models.record import BatchTransform
 from symbol import Symbol
 
@@ -23,7 +24,7 @@ from symbol import Symbol
 class General(Section):
     """Settings of the whole run."""
 
-    name: str | None = None  # folder under output_root; None: the config file's stem
+    name: str | None = bounded("a folder name or None (the config file's stem)", bool, None)  # under output_root
     output_root: str = "experiments"
     batch_image: int = at_least(1, 8)  # images per device per step
     fp16: bool = True  # half precision: float16 with dynamic loss scaling
@@ -42,7 +43,11 @@ class KvstoreParam(Section):
     """Devices, processes and machines."""
 
     kvstore: Literal["local", "device", "dist_sync"] = "local"  # dist_sync: several machines, under torchrun
-    gpus: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)  # device numbers on each machine; () trains on the CPU
+    gpus: tuple[int, ...] = bounded(  # device numbers on each machine; () trains on the CPU
+        "distinct device numbers, 0 or more",
+        lambda gpus: len(set(gpus)) == len(gpus) and min(gpus, default=0) >= 0,
+        (0, 1, 2, 3, 4, 5, 6, 7),
+    )
     processes: int = at_least(1, 1)  # CPU training only (gpus is ()); with the mxnet engine: devices of one process
     machines: int = at_least(1, 1)
     num_device: int = derived("gpus, processes and machines of KvstoreParam")
@@ -78,15 +83,17 @@ class NeckParam(Section):
 
     dim_reduced: int = at_least(1, 256)  # channels of every level
     num_stage: int = at_least(1, 7)  # repetitions of the pyramid
-    S0_kernel: int = 1  # kernel of the lateral convolutions
+    S0_kernel: int = bounded(  # kernel of the lateral convolutions
+        "an odd number (1, 3, ...), which preserves the feature map size", lambda side: side > 0 and side % 2 == 1, 1
+    )
     normalizer: Callable[..., Symbol] = derived("NormalizeParam")
     fp16: bool = derived("General.fp16 and bf16")
 
 
 @dataclass(kw_only=True, slots=True)
 class AnchorGenerate(Section):
-    scale: tuple[float, ...] = (4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3))  # times the stride
-    ratio: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    scale: tuple[float, ...] = positive((4.0, 4.0 * 2 ** (1 / 3), 4.0 * 2 ** (2 / 3)))  # times the stride
+    ratio: tuple[float, ...] = positive((0.5, 1.0, 2.0))  # height / width
     stride: tuple[int, ...] = (8, 16, 32, 64, 128)
 
 
@@ -114,7 +121,9 @@ class FocalLoss(Section):
 class RpnParam(Section):
     """The RetinaNet head, its anchors, its losses and its decoding."""
 
-    num_class: int | None = None  # foreground classes + 1; None: counted in the annotations
+    num_class: int | None = bounded(
+        "the foreground classes + 1, at least 2, or None to count them in the annotations", lambda n: n >= 2, None
+    )
     sync_loss: bool = False  # divide both losses by the foreground count averaged over all devices
     anchor_generate: AnchorGenerate = field(default_factory=AnchorGenerate)
     head: Head = field(default_factory=Head)
@@ -128,7 +137,11 @@ class RpnParam(Section):
 class DatasetParam(Section):
     """The images of this phase, training or testing."""
 
-    image_set: tuple[str | ImageSet, ...] = ("coco_train2017", "coco_val2017")
+    image_set: tuple[str | ImageSet, ...] = bounded(
+        "one or more distinct image sets, such as ('coco_train2017',)",
+        lambda image_sets: 0 < len(image_sets) == len(set(image_sets)),
+        ("coco_train2017", "coco_val2017"),
+    )
     data_root: str = "data"
     flip: bool = True  # training: an epoch contains every image twice, once flipped
     bad_image: Literal["stop", "skip"] = "stop"  # training, for unreadable files; skip: another image replaces it
@@ -154,7 +167,8 @@ class ModelParam(Section):
     init_from: str | None = None  # a checkpoint to fine-tune from: matching tensors are loaded, others reported
     memonger: bool = False  # recompute activations in the backward pass to save memory
     memonger_until: str | None = None  # recompute from the input up to this node; None: minimise memory
-    memonger_budget: float | None = None  # GiB, as counted by --dry-run: recompute only as much as needed
+    # GiB, as counted by --dry-run: recompute only as much as needed
+    memonger_budget: float | None = bounded("more than 0 (GiB)", lambda gib: gib > 0, None)
     pretrain: Pretrain = field(default_factory=Pretrain)
     train_symbol: Symbol = derived("backbone, neck and head")
     test_symbol: Symbol = derived("backbone, neck and head")
@@ -232,7 +246,7 @@ class TestParam(Section):
 @dataclass(kw_only=True, slots=True)
 class NormParam(Section):
     mean: tuple[float, float, float] = (123.688, 116.779, 103.939)  # RGB
-    std: tuple[float, float, float] = (58.393, 57.12, 57.375)
+    std: tuple[float, float, float] = positive((58.393, 57.12, 57.375))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -326,6 +340,4 @@ class Config(Section):
     metric_list: list[Any] = derived("get_metric")
     data_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are data
     label_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are labels
-    notes: list[str] = derived(
-        "the config file"
-    )  # log lines on settings of a SimpleDet file that are ignored or changed
+    notes: list[str] = derived("the config file")  # settings of a SimpleDet file that are ignored or changed

@@ -24,31 +24,39 @@ def required(example: str) -> Any:
 
 @dataclass(frozen=True)
 class Bound:
-    """Accepted values of a number, and their description for error messages."""
+    """Accepted values of a field, and their description for error messages."""
 
     expected: str
-    holds: Callable[[float], bool]
+    holds: Callable[[Any], bool]
+
+
+def bounded(expected: str, holds: Callable[[Any], bool], default: Any) -> Any:
+    """Declare a field with values for which `holds` is True; `expected` describes them.
+
+    `config.check` applies the bound after the file and the overrides. None, where the annotation has it, is accepted.
+    """
+    return field(default=default, metadata={"bound": Bound(expected, holds)})
 
 
 def at_least(lowest: float, default: Any) -> Any:
     """Declare a field with values of `lowest` or more."""
     expected = f"at least {lowest}" if lowest else "0 or more"
-    return _bounded(Bound(expected, lambda value: value >= lowest), default)
+    return bounded(expected, lambda value: value >= lowest, default)
 
 
 def above(limit: float, default: Any) -> Any:
     """Declare a field with values above `limit`."""
-    return _bounded(Bound(f"more than {limit}", lambda value: value > limit), default)
+    return bounded(f"more than {limit}", lambda value: value > limit, default)
 
 
 def between(lowest: float, highest: float, default: Any) -> Any:
     """Declare a field with values from `lowest` to `highest`, both included."""
-    return _bounded(Bound(f"{lowest} to {highest}", lambda value: lowest <= value <= highest), default)
+    return bounded(f"{lowest} to {highest}", lambda value: lowest <= value <= highest, default)
 
 
-def _bounded(bound: Bound, default: Any) -> Any:
-    """Declare a field with bounds. `config.check` applies them after the file and the overrides; None is accepted."""
-    return field(default=default, metadata={"bound": bound})
+def positive(default: tuple[float, ...]) -> Any:
+    """Declare a field with one or more numbers above 0."""
+    return bounded("positive numbers", lambda values: min(values, default=0) > 0, default)
 
 
 class Section:

@@ -136,13 +136,11 @@ def declared_classes(tree: ast.Module) -> dict[str, tuple[str, ...]]:
         if isinstance(function, ast.FunctionDef) and function.name == "get_config":
             for node in function.body:
                 if isinstance(node, ast.ClassDef):
-                    found[node.name] = tuple(_assigned(node))
+                    targets = [
+                        target for one in ast.walk(node) if isinstance(one, ast.Assign) for target in one.targets
+                    ]
+                    found[node.name] = tuple(target.id for target in targets if isinstance(target, ast.Name))
     return found
-
-
-def _assigned(node: ast.ClassDef) -> list[str]:
-    targets = [target for one in ast.walk(node) if isinstance(one, ast.Assign) for target in one.targets]
-    return [target.id for target in targets if isinstance(target, ast.Name)]
 
 
 def _import(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:

@@ -6,6 +6,14 @@ import config.schema as schema
 from config.check import check
 from config.NASFPN.recipe import retina_25epoch
 from config.overrides import apply_overrides
+from config.section import field_types, leaves
+
+NUMBERS = {
+    key: entry
+    for key, section, entry in leaves(schema.Config())
+    if field_types(type(section))[entry.name] in (int, float, int | None, float | None) and entry.init
+}
+UNBOUNDED = {"ResizeParam.scale_max", "TestParam.model.epoch"}  # above scale_min; the epoch of an existing checkpoint
 
 
 def test_the_recipe_passes() -> None:
@@ -81,3 +89,22 @@ def test_refusals(overrides: list[str], message: str) -> None:
 def test_a_required_field_that_the_file_did_not_set() -> None:
     with pytest.raises(ValueError, match=r"ModelParam.detector is not set; set it in the config file, such as"):
         check(schema.Config())
+
+
+def test_every_number_has_a_bound() -> None:
+    assert {key for key, entry in NUMBERS.items() if "bound" not in entry.metadata} == UNBOUNDED
+    assert len(NUMBERS) > 40
+
+
+@pytest.mark.parametrize("key", sorted(NUMBERS.keys() - UNBOUNDED))
+def test_a_bound_applies_wherever_the_field_is(key: str) -> None:
+    config = retina_25epoch(is_train=True)
+    apply_overrides(config, [f"{key}=-1"])
+    with pytest.raises(ValueError, match=f"^{key}: expected .*, got -1"):
+        check(config)
+
+
+def test_none_is_within_the_bounds_of_a_field_that_accepts_it() -> None:
+    config = retina_25epoch(is_train=True)
+    apply_overrides(config, ["OptimizeParam.optimizer.lr=None", "RpnParam.num_class=None", "General.name=None"])
+    check(config)

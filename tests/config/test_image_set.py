@@ -1,3 +1,5 @@
+"""Image sets: their paths, their classes, and errors that name the file and the remedy."""
+
 from __future__ import annotations
 
 import json

@@ -212,6 +212,19 @@ def test_contradictions_and_mistakes(load: Load, edit: Edit, message: str) -> No
 @pytest.mark.parametrize(
     "edit, message",
     [
+        (("            pos_thr = 0.5", "            pos_thr = 1.5"), "assign.pos_thr: expected 0 to 1, got 1.5"),
+        (("            thr = 0.5", "            thr = -1"), "TestParam.nms.thr: expected 0 to 1, got -1.0"),
+        (("alpha = 0.25", "alpha = 2"), "RpnParam.focal_loss.alpha: expected 0 to 1, got 2.0"),
+    ],
+)  # fmt: skip
+def test_bounds_apply_to_translated_fields(load: Load, edit: Edit, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(edit, overrides=["OptimizeParam.schedule.lr_epoch=2", "OptimizeParam.warmup.epoch=1"])
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
         (("from models.NASFPN.builder import NASFPNNeck", "from models.FPG.builder import FPGNeckP2P6"),
          "the neck models.FPG.builder.FPGNeckP2P6"),
         (("import RetinaNet as", "import FasterRcnn as"), "train_symbol: expected RetinaNet"),
