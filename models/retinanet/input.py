@@ -1,6 +1,6 @@
 """Input transforms of RetinaNet, which run per batch on the training device.
 
-A transform modifies a record in place. A batched record holds torch tensors: `image` uint8 RGB padded with zeros,
+A transform modifies a batch in place. A batch holds torch tensors: `image` uint8 RGB padded with zeros,
 `im_info` (N, 3) = height, width, scale before padding, `gt_bbox` (N, G, 5) = x1, y1, x2, y2, class padded with rows
 of -1. Boxes are xyxy in input pixels with inclusive corners.
 
@@ -69,7 +69,7 @@ class PyramidAnchorTarget2D(BatchTransform):
     A single record of numpy arrays, without N, gets numpy arrays without N.
 
     A batch of images that are at least as high as wide has feature maps of long x short cells, else short x long.
-    Without an image in the record im_info gives the orientation; ValueError if the images of a batch differ in it.
+    Without an image in the batch im_info gives the orientation; ValueError if the images of a batch differ in it.
     """
 
     def __init__(self, pAnchor: AnchorTarget2DParam) -> None:
