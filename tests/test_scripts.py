@@ -70,8 +70,8 @@ def test_a_mistake_is_one_message(arguments: list[str], expected: str) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_missing_data_is_named_with_the_remedy() -> None:
-    done = run("detection_train.py", "--config", DEMO, "--data-root", "nowhere")
+def test_missing_data_is_named_with_the_remedy(tmp_path: Path) -> None:
+    done = run("detection_train.py", "--config", str(ROOT / DEMO), "--data-root", "nowhere", cwd=tmp_path)
     assert done.returncode == 1
     assert "nowhere/demo/annotations/instances_train.json" in done.stderr
     assert "--data-root" in done.stderr
