@@ -30,7 +30,7 @@ from core.weights.checkpoint import Checkpoint, read_tensors
 from core.weights.first_weights import first_weights, shapes_of
 from models.record import Batch, select
 from symbol.memory import Plan
-from symbol.passes import in_precision
+from symbol.passes import in_precision, prepare, without_gradient
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -177,9 +177,10 @@ def build_trainer(
     module.load_state_dict(tensors, strict=False)
     configure_arithmetic(config.General, compute_dtype, device)
     move_module(module, device).train()
+    trained = {name: p for name, p in module.named_parameters() if is_trained(config, name)}
+    no_gradient = without_gradient(prepare(computed)[1])
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(is_trained(config, name))
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameter.requires_grad_(name in trained and name not in no_gradient)
     optimizer = SGD(
         trained.items(),
         *multipliers(graph.attr_dict(), trained),

@@ -31,6 +31,7 @@ class Activations:
     multiply_add: list[int]
     size: Mapping[Storage, int]  # bytes
     made: Mapping[Storage, int]  # the position of the operator that makes it; inputs of the graph have none
+    joined: Mapping[str, str]  # an operator that a pass joined with those behind it: the name of the one they became
 
     @property
     def kept_bytes(self) -> int:
@@ -47,17 +48,31 @@ def count_activations(symbol: Symbol, shapes: Mapping[str, Shape], fixed: tuple[
     fixed: prefixes of the names of parameters without gradient; what serves only their gradients is not saved.
     """
     shaped, lowered = prepare(symbol)
-    return _Count(lowered, propagate(shaped.nodes(), shapes), fixed).result()
+    return _Count(lowered, propagate(shaped.nodes(), shapes), fixed, _joined(symbol, lowered)).result()
+
+
+def _joined(symbol: Symbol, lowered: Symbol) -> dict[str, str]:
+    """Return the names of a graph that its lowered form lacks, each with the name of the next operator that is left."""
+    left = {node.name for node in lowered.nodes()}
+    becomes: dict[str, str] = {}
+    for node in reversed(symbol.nodes()):
+        for child, _ in node.inputs:
+            if child.name not in left:
+                becomes.setdefault(child.name, becomes.get(node.name, node.name))
+    return becomes
 
 
 class _Count:
     """One walk over the graph, inputs first."""
 
-    def __init__(self, symbol: Symbol, known: Mapping[Entry, Shape], fixed: tuple[str, ...]) -> None:
+    def __init__(
+        self, symbol: Symbol, known: Mapping[Entry, Shape], fixed: tuple[str, ...], joined: Mapping[str, str]
+    ) -> None:
         nodes, inputs = symbol.nodes(), set(symbol.list_inputs())
         auxiliary = set(symbol.list_auxiliary_states())
         variables = [node for node in nodes if node.is_variable]
         self.known = known
+        self.joined = joined
         self.operators = [node for node in nodes if not node.is_variable]
         self.fed = {node for node in variables if node.name in inputs}
         self.with_gradient = {
@@ -87,7 +102,7 @@ class _Count:
                 saves[-1].update(storage for storage in storages if storage is not None)
         positions = {node: position for position, node in enumerate(self.operators)}
         made = {storage: positions[storage[0]] for storage in self.size if storage[0] not in self.fed}
-        return Activations(self.operators, reads, saves, multiply_add, self.size, made)
+        return Activations(self.operators, reads, saves, multiply_add, self.size, made, self.joined)
 
     def _shape(self, entry: Entry) -> Shape:
         return self.known.get(entry, (1,))

@@ -136,11 +136,13 @@ def _candidates(counted: Activations, until: str | None) -> Iterator[Plan]:
 
 def _position(counted: Activations, name: str) -> int:
     names = [node.name for node in counted.operators]
-    if name not in names:
+    found = counted.joined.get(name, name)
+    if found not in names:
+        known = [*names, *counted.joined]
         raise ValueError(
-            f"ModelParam.memonger_until: no operator of the graph is named '{name}'; nearest: {nearest(name, names)}"
+            f"ModelParam.memonger_until: no operator of the graph is named '{name}'; nearest: {nearest(name, known)}"
         )
-    return names.index(name)
+    return names.index(found)
 
 
 def _runs(counted: Activations, end: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from symbol.attributes import REQUIRED, Attr
+from symbol.attributes import DTYPES, REQUIRED, Attr
 from symbol.ops.row import Attrs, Call, Extra, Input, Op, Output, Saved, Shape, Shapes, itemsize
 from symbol.ops.rules import expect_rank, merge, same_shape
 
@@ -51,7 +51,8 @@ def _convolution_shapes(attrs: Attrs, ins: Shapes, outs: Shapes) -> tuple[Shapes
 
 def _convolution_saves(call: Call) -> Iterator[Saved]:
     yield Input(0)
-    if call.dtype != "float32":
+    yield Input(1)
+    if call.dtype != call.input_dtypes[1]:
         yield Extra("weight", math.prod(call.inputs[1]) * itemsize(call.dtype))
 
 
@@ -67,10 +68,26 @@ def _batch_norm_shapes(attrs: Attrs, ins: Shapes, outs: Shapes) -> tuple[Shapes,
     return [data, *[channel] * 4], [data, channel, channel]
 
 
+def _fused_batch_norm_shapes(attrs: Attrs, ins: Shapes, outs: Shapes) -> tuple[Shapes, Shapes]:
+    residual = [] if attrs["no_residual"] else [ins[-3]]
+    data = ins[0]
+    for other in [outs[0], *residual]:
+        data = merge(data, other)
+    channel = (data[1],) if data is not None else None
+    bias = [] if attrs["no_bias"] else [channel]
+    return [data, channel, channel, *bias, *[data for _ in residual], channel, channel], [data, channel, channel]
+
+
 def _batch_norm_saves(call: Call) -> Iterator[Saved]:
     yield Input(0)
     if not call.attrs["use_global_stats"]:
         yield Extra("statistics", 8 * math.prod(call.inputs[1]))  # mean and deviation (C,), float32
+
+
+def _fused_batch_norm_saves(call: Call) -> Iterator[Saved]:
+    yield from _batch_norm_saves(call)
+    if call.attrs["relu"]:
+        yield Output(0)
 
 
 def _activation_saves(call: Call) -> Iterator[Saved]:
@@ -185,6 +202,34 @@ ROWS = (
         ("data", "gamma", "beta", "moving_mean", "moving_var"),
         {**_BATCH_NORM_ATTRS, "ndev": Attr("int", 1), "key": Attr("string")},
         **_BATCH_NORM,
+    ),
+    # `passes.fuse_batch_norm` puts it in: relu(batch_norm(data) + residual), where each part but the middle one may be
+    # missing. `bias` was that of the convolution before: it moves the moving mean, and nothing else.
+    Op(
+        "_batch_norm",
+        ("data", "gamma", "beta", "bias", "residual", "moving_mean", "moving_var"),
+        {
+            **{key: attr for key, attr in _BATCH_NORM_ATTRS.items() if key != "output_mean_var"},
+            "sync": Attr("bool", False),
+            "relu": Attr("bool", False),
+            "no_bias": Attr("bool", True),
+            "no_residual": Attr("bool", True),
+        },
+        parameters=("gamma", "beta", "bias", "moving_mean", "moving_var"),
+        auxiliary=("moving_mean", "moving_var"),
+        outputs=("output", "mean", "var"),
+        shapes=_fused_batch_norm_shapes,
+        dtype=_of_data,
+        saves=_fused_batch_norm_saves,
+    ),
+    # `passes.cast_weights` puts it in
+    Op(
+        "_cast_weight",
+        ("weight",),
+        {"dtype": Attr("enum", REQUIRED, DTYPES)},
+        parameters=("weight",),
+        shapes=same_shape,
+        dtype=lambda attrs, dtypes: str(attrs["dtype"]),
     ),
     Op(
         "Activation",

@@ -116,7 +116,7 @@ class Op:
         """Return the inputs that a node with these (full) attributes has, in order."""
         if self.variadic:
             return [f"arg{index}" for index in range(attrs["num_args"])]
-        return [name for name in self.inputs if not (name == "bias" and attrs["no_bias"])]
+        return [name for name in self.inputs if not attrs.get(f"no_{name}", False)]
 
     def num_visible(self, attrs: Attrs) -> int:
         """Return the number of outputs that list_outputs shows."""

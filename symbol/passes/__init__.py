@@ -5,8 +5,19 @@ A pass never computes tensors, and keeps values, gradients and parameter names e
 
 from symbol.passes.bbox_norm import hoist_bbox_norm
 from symbol.passes.fusion import fuse_losses
+from symbol.passes.norm_fusion import fuse_batch_norm, without_gradient
 from symbol.passes.pipeline import prepare
 from symbol.passes.precision import in_precision
 from symbol.passes.rewrite import rewrite
+from symbol.passes.weight_cast import cast_weights
 
-__all__ = ["fuse_losses", "hoist_bbox_norm", "in_precision", "prepare", "rewrite"]
+__all__ = [
+    "cast_weights",
+    "fuse_batch_norm",
+    "fuse_losses",
+    "hoist_bbox_norm",
+    "in_precision",
+    "prepare",
+    "rewrite",
+    "without_gradient",
+]

@@ -13,6 +13,7 @@ from symbol.graph import Symbol
 from symbol.node import Entry, Node
 from symbol.ops import Shape, find_op
 from symbol.passes import prepare
+from symbol.torch_backend.batch_norm import move_statistics
 from symbol.torch_backend.parameters import CONSTANT, complete_later, parameters
 from symbol.torch_backend.registry import TORCH
 from symbol.torch_backend.segment import Segment
@@ -36,7 +37,7 @@ def lower(
 
     Raises ValueError listing every node that cannot be lowered.
     """
-    symbol, fused = prepare(symbol)
+    _, fused = prepare(symbol)
     nodes = fused.nodes()
     inputs = sorted(symbol.list_inputs(), key=lambda name: name != "data")
     problems = TORCH.problems(nodes) + [problem for node in nodes if (problem := _unfit_name(node, inputs))]
@@ -59,6 +60,9 @@ def lower(
             _emit(graph, node, values, training, graph.get_attr(constants[node][0]))
         elif node not in inside and (node, 0) not in values:
             _emit(graph, node, values, training)
+    layers = [_moved(node, values) for node in nodes if _moves(node)]
+    if layers:
+        graph.call_function(move_statistics, (training, layers))
     graph.output([values[entry] for entry in fused.entries])
     if not training.users:
         graph.erase_node(training)
@@ -111,6 +115,18 @@ def _emit(
             values[node, index] = graph.call_function(operator.getitem, (result, index))
 
 
+def _moves(node: Node) -> bool:
+    """Return whether a step moves the statistics of this node."""
+    return node.op == "_batch_norm" and not node.full_attrs()["use_global_stats"]
+
+
+def _moved(node: Node, values: dict[Entry, fx.Node]) -> tuple[fx.Node | float | None, ...]:
+    """Return what `move_statistics` takes of a layer."""
+    attrs = node.full_attrs()
+    bias = None if attrs["no_bias"] else values[node.inputs[3]]
+    return (*(values[entry] for entry in [*node.inputs[-2:], (node, 1), (node, 2)]), bias, attrs["momentum"])
+
+
 @dataclass(frozen=True)
 class _Run:
     """Consecutive operators that become a Segment."""
@@ -132,7 +148,8 @@ def _segments(symbol: Symbol, nodes: list[Node], recompute: Sequence[tuple[int, 
         members = set(run)
         taken = dict.fromkeys(entry for node in run for entry in node.inputs if entry[0] not in members)
         parameters = [(node, i) for node, i in taken if node.is_variable and node.name not in inputs]
-        used = dict.fromkeys([*(entry for node in others for entry in node.inputs), *symbol.entries])
+        moved = [(node, index) for node in run if _moves(node) for index in (1, 2)]
+        used = dict.fromkeys([*(entry for node in others for entry in node.inputs), *symbol.entries, *moved])
         # a dash: no variable has such a name
         found[run[-1]] = _Run(
             f"segment-{number}",

@@ -1,4 +1,4 @@
-"""Convolution, normalization, activation, pooling, upsampling. N images, C channels, H, W.
+"""Convolution, activation, pooling, upsampling. N images, C channels, H, W.
 
 A function takes its inputs in order and its full attributes by name.
 """
@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from symbol.ops.row import Attrs
 from symbol.torch_backend.registry import lowers
-from symbol.torch_backend.segment import recomputing
 
 
 @lowers("Convolution")
@@ -29,43 +28,15 @@ def convolution(
     num_group: int,
     **_: Any,
 ) -> Tensor:
-    """Convolve in the dtype of the data, whatever the dtype of the stored parameters is."""
+    """Convolve in the dtype of the data, whatever the dtype of the parameters is."""
     weight = weight.to(data.dtype)
     bias = None if bias is None else bias.to(data.dtype)
     return F.conv2d(data, weight, bias, stride or 1, pad or 0, dilate or 1, num_group)
 
 
-@lowers("BatchNorm", refuses=lambda attrs: attrs["output_mean_var"], only="without output_mean_var")
-def batch_norm(
-    data: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    moving_mean: Tensor,
-    moving_var: Tensor,
-    training: bool,
-    *,
-    eps: float,
-    momentum: float,
-    fix_gamma: bool,
-    use_global_stats: bool,
-    **_: Any,
-) -> Tensor:
-    """Normalize per channel (Ioffe and Szegedy 2015). The moving variance takes the biased one, as in MXNet on a CPU.
-
-    A batch of no images, and a recomputation, leave the moving statistics as they are.
-    """
-    if fix_gamma:
-        gamma = torch.ones_like(gamma)
-    if not training or use_global_stats or data.shape[0] == 0:
-        return F.batch_norm(data, moving_mean, moving_var, gamma, beta, False, 0.0, eps)
-    out, mean, inverse_std = torch.native_batch_norm(data, gamma, beta, None, None, True, 0.0, eps)
-    if recomputing():
-        return out
-    with torch.no_grad():
-        variance = inverse_std.pow(-2) - eps
-        moving_mean.mul_(momentum).add_(mean, alpha=1 - momentum)
-        moving_var.mul_(momentum).add_(variance, alpha=1 - momentum)
-    return out
+@lowers("_cast_weight")
+def cast_weight(weight: Tensor, *, dtype: str) -> Tensor:
+    return weight.to(getattr(torch, dtype))
 
 
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 class Segment(nn.Module):
     """Wrap torch's checkpoint, which alone would update moving statistics twice and repeat collectives.
 
-    Layers inside ask `recomputing` and `once`. The segment has no parameters of its own: `body` is called with the
+    Layers inside call `once`. The segment has no parameters of its own: `body` is called with the
     training flag, the activations that cross into the segment, and the parameters and moving statistics of its layers.
     """
 
@@ -62,11 +62,6 @@ class _Pass:
 def _two_passes() -> tuple[_Pass, _Pass]:
     tape: list[Any] = []
     return _Pass(tape, is_second=False), _Pass(tape, is_second=True)
-
-
-def recomputing() -> bool:
-    """Return whether a segment runs for the second time, where nothing may update a state again."""
-    return not torch.compiler.is_compiling() and _passes.now is not None and _passes.now.is_second
 
 
 def once(compute: Callable[[], Any]) -> Any:

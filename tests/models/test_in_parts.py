@@ -6,6 +6,7 @@ import torch
 import symbol as S
 from config.load import load_config
 from operator_cxx import library
+from symbol.passes import prepare, without_gradient
 from tests.small_config import DEMO, NARROW
 from tests.two_processes import run_in_processes
 
@@ -28,7 +29,8 @@ def step(images, overrides):
     module = S.lower(config.ModelParam.train_symbol, data=(4, 3, 128, 128)).double().train()
     losses = torch.stack(module(**inputs))
     losses.sum().backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+    without = without_gradient(prepare(config.ModelParam.train_symbol)[1])
+    gradients = {name: parameter.grad for name, parameter in module.named_parameters() if name not in without}
     return losses.detach(), gradients, dict(module.named_buffers())
 
 

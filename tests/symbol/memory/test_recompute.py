@@ -270,7 +270,7 @@ def test_a_budget_takes_the_least_recomputation() -> None:
 
 def test_until_ends_the_prefix() -> None:
     found = counted(train_graph(NASFPN))
-    for name in ("stage1_unit1_relu1", "S1_P4_1", "cls_pred_s8"):
+    for name in ("stage1_unit1_relu1", "S1_P4_1", "cls_conv2_relu_s8"):
         plan = smallest(found, until=name)
         assert plan.until == name
         same = within(found, float("inf"), until=name)
@@ -278,6 +278,14 @@ def test_until_ends_the_prefix() -> None:
         assert same.until == name
     for name in ("cls_loss", "reg_loss"):  # losses themselves are never recomputed
         assert smallest(found, until=name).until.startswith({"c": "cls_pred", "r": "bbox_pred"}[name[0]])
+
+
+def test_a_joined_operator_stands_for_what_it_became() -> None:
+    found = counted(train_graph(NASFPN))
+    for name in ("stage1_unit1_bn1", "cls_conv1_bn_s8"):
+        assert smallest(found, until=name).until == name.replace("bn1", "relu1").replace("bn_s8", "relu_s8")
+    # the sum and the normalization before it are part of the unit's ReLU
+    assert smallest(found, until="stage1_unit2_bn2").until == "stage1_unit2_relu"
 
 
 def test_an_unknown_node_is_refused_with_the_nearest() -> None:

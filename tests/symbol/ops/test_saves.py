@@ -46,6 +46,13 @@ CASES = {
     "Convolution": lambda: between(lambda x: x),
     "BatchNorm": lambda: S.BatchNorm(conv("a"), fix_gamma=False, name="b"),
     "_contrib_SyncBatchNorm": lambda: S._contrib_SyncBatchNorm(conv("a"), key="b", fix_gamma=False, name="b"),
+    "_batch_norm": lambda: S.Activation(S.BatchNorm(conv("a"), fix_gamma=False, name="b"), act_type="relu"),
+    "_batch_norm, residual": lambda: S.Activation(
+        S.BatchNorm(conv("a"), fix_gamma=False, name="b") + conv("c"), act_type="relu"
+    ),
+    "_cast_weight": lambda: S.Convolution(
+        S.Cast(X, dtype="float16"), num_filter=2, kernel=(1, 1), no_bias=True, name="next"
+    ),
     "BatchNorm, global": lambda: S.BatchNorm(conv("a"), use_global_stats=True, fix_gamma=False, name="b"),
     **{
         f"Activation, {kind}": lambda kind=kind: S.Activation(conv("a"), act_type=kind)
