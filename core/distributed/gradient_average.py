@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -39,12 +40,13 @@ class GradientAverage:
         if not self._flat:
             self._flat = [bucket[0].new_empty(sum(p.numel() for p in bucket)).detach() for bucket in self._buckets]
             self._views = [_views(flat, bucket) for flat, bucket in zip(self._flat, self._buckets, strict=True)]
-        for bucket, views in zip(self._buckets, self._views, strict=True):
+        for bucket, flat, views in zip(self._buckets, self._flat, self._views, strict=True):
+            given = [(view, p.grad) for p, view in zip(bucket, views, strict=True) if p.grad is not None]
+            if len(given) < len(bucket):
+                flat.zero_()
+            if given:
+                torch._foreach_copy_([view for view, _ in given], [gradient for _, gradient in given])
             for parameter, view in zip(bucket, views, strict=True):
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(parameter.grad)
                 parameter.grad = view  # the pass adds to it
         self._missing = [len(bucket) for bucket in self._buckets]
         self._sent = []

@@ -78,18 +78,19 @@ class Trainer:
         if self.average is not None:
             self.average.finish()
 
-        # gradients of the mean loss, and whether they overflowed
+        # norm of the mean loss's gradients, and whether they overflowed; the update, not a pass before it, divides them
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm, divisor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))), None
         if self.scale is not None:
-            torch._foreach_mul_(gradients, 1 / (len(batches) * self.scale.value))
+            divisor = len(batches) * self.scale.value
         elif accumulates:
-            torch._foreach_mul_(gradients, 1 / len(batches))
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            divisor = torch.full((), float(len(batches)), device=self.device)
+        norm = norm if divisor is None else norm / divisor
         found_inf = ~norm.isfinite() if self.scale is not None else None
 
         # update
         lr = self.schedule.lr_at(step)
-        self.optimizer.step(lr, found_inf)
+        self.optimizer.step(lr, divisor, found_inf)
         if accumulates:
             statistics.set_mean()
         if self.config.NormalizeParam.type == "localbn":
