@@ -96,6 +96,8 @@ def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine:
             files = ", ".join(path for part in parts for path in part["files"]) or "no image"
             with guard.phase(f"computing step {step} on {files}", at=f"step {step}"):
                 pending.append(trainer.step(parts, step))
+            for note in pending[-1].notes:
+                guard.report(note)
             step += 1
 
             # log: every few steps, and before each checkpoint, so that none is written of weights that are not finite

@@ -19,18 +19,25 @@ class GradientAverage:
 
     Parameters are put into buckets, the last ones first, which is about the order of a backward pass; the all-reduce
     of a complete bucket overlaps with the rest of the pass. Gradients are views of the buckets, not copies.
+
+    overlaps: False where passes call no hooks, in CUDA graphs; `start` then follows the last pass of a step.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], group: ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: ProcessGroup,
+        bucket_bytes: int = BUCKET_BYTES,
+        overlaps: bool = True,
     ) -> None:
         self.group = group
+        self.overlaps = overlaps
         self._buckets = _in_buckets([p for p in parameters if p.requires_grad][::-1], bucket_bytes)
         self._flat: list[Tensor] = []  # per bucket: its gradients, concatenated
         self._views: list[list[Tensor]] = []  # per bucket: a view of each gradient, strided as its parameter
         self._missing: list[int] = []  # per bucket: gradients that are not computed yet
         self._sent: list[dist.Work] = []
-        for number, bucket in enumerate(self._buckets):
+        for number, bucket in enumerate(self._buckets if overlaps else []):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._count(number))
         self.active = False
