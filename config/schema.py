@@ -37,7 +37,8 @@ class General(Section):
     keep_checkpoints: int = at_least(0, 0)  # number of most recent epochs whose checkpoints are kept; 0: all
     checkpoint_minutes: float = at_least(0, 0.0)  # between checkpoints; 0: at the end of an epoch or of the run
     log_frequency: int = at_least(1, 10)  # steps between log lines
-    loader_worker: int = at_least(0, 4)  # decoding processes; 0 decodes in the training process
+    # decoding processes; 0 decodes in the training process, None: by the cores at hand, at most 4
+    loader_worker: int | None = at_least(0, None)
 
 
 @dataclass(kw_only=True, slots=True)
