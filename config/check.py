@@ -18,6 +18,7 @@ def check(config: Config) -> None:
     _check_run(config)
     _check_network(config)
     _check_memonger(config)
+    _check_compile(config)
     _check_input(config)
     _check_assignment(config)
     _check_schedule(config)
@@ -82,6 +83,22 @@ def _check_memonger(config: Config) -> None:
                 f"ModelParam.{name} is {value!r}, but ModelParam.memonger is False; write ModelParam.memonger=True to "
                 f"recompute, or {name}=None"
             )
+
+
+def _check_compile(config: Config) -> None:
+    kvstore = config.KvstoreParam
+    if not config.General.compile:
+        return
+    if config.ModelParam.memonger:
+        raise ValueError(
+            "General.compile and ModelParam.memonger are both set: the compiler decides itself what to recompute; "
+            "write ModelParam.memonger=False, or General.compile=False"
+        )
+    if config.NormalizeParam.type == "syncbn" and kvstore.machines * (len(kvstore.gpus) or kvstore.processes) > 1:
+        raise ValueError(
+            "General.compile is set with NormalizeParam.type=syncbn on several devices: the compiler does not take "
+            "communication inside the network; write NormalizeParam.type=localbn, or General.compile=False"
+        )
 
 
 def _check_input(config: Config) -> None:

@@ -30,12 +30,15 @@ class General(Section):
     fp16: bool = True  # half precision: float16 with dynamic loss scaling
     bf16: bool = False  # bfloat16 instead of float16
     tf32: bool | None = None  # float32 convolutions on a GPU in TF32; None: only in half-precision runs
+    cuda_graph: bool = False  # on a GPU: forward and backward of full batches as CUDA graphs, at some cost in memory
+    compile: bool = False  # torch.compile of the train graph: minutes at the start, per input shape
     deterministic: bool = False  # on a GPU: bitwise reproducible steps, at some cost in speed
     seed: int = at_least(0, 0)
     keep_checkpoints: int = at_least(0, 0)  # number of most recent epochs whose checkpoints are kept; 0: all
     checkpoint_minutes: float = at_least(0, 0.0)  # between checkpoints; 0: at the end of an epoch or of the run
     log_frequency: int = at_least(1, 10)  # steps between log lines
-    loader_worker: int = at_least(0, 4)  # decoding processes; 0 decodes in the training process
+    # decoding processes; 0 decodes in the training process, None: by the cores at hand, at most 4
+    loader_worker: int | None = at_least(0, None)
 
 
 @dataclass(kw_only=True, slots=True)

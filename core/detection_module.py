@@ -12,7 +12,7 @@ from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset
 from core.data.loader import TrainLoader, make_train_loader
 from core.distributed.process_group import ProcessGroup, join, launched_size
-from core.engine.device import to_device
+from core.engine.device import BatchUpload
 from core.engine.precision import Precision
 from core.engines import choose_engine
 from core.inference import test_image_set
@@ -78,7 +78,7 @@ def fit(config: Config, config_text: str, resume: bool = False, engine: EngineNa
 def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine: Engine) -> int:
     """Train from the loader's first step to its last, or until any rank receives a stop request. Returns as `fit`."""
     config, group, device, step = trainer.config, trainer.group, trainer.device, loader.start_step
-    guard = Guard(config, device, group, log)
+    guard, upload = Guard(config, device, group, log), BatchUpload(device)
     pending: list[StepRecord] = []  # steps whose numbers the host has not read yet
     with StopRequest(launched=launched_size() is not None) as stop, closing(iter(loader)) as batches:
         saved_at = time.monotonic()
@@ -88,7 +88,7 @@ def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine:
         while step < loader.end_step and not stopping:
             # batches: all those of this process for one update
             with log.waiting(), guard.phase(f"reading the images of step {step}", at=f"step {step}"):
-                parts = [to_device(next(batches), device) for _ in range(loader.accumulate)]
+                parts = [upload(next(batches)) for _ in range(loader.accumulate)]
             for path, reason in [skipped for part in parts for skipped in part["skipped"]]:
                 guard.report(f"rank {group.rank} skipped {path}: {reason}")
 
@@ -96,6 +96,8 @@ def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine:
             files = ", ".join(path for part in parts for path in part["files"]) or "no image"
             with guard.phase(f"computing step {step} on {files}", at=f"step {step}"):
                 pending.append(trainer.step(parts, step))
+            for note in pending[-1].notes:
+                guard.report(note)
             step += 1
 
             # log: every few steps, and before each checkpoint, so that none is written of weights that are not finite

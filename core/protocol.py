@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -35,6 +35,7 @@ class StepRecord:
     files: list[str]
     values: Tensor  # (L + 1,) the losses and the gradient norm
     found_inf: Tensor | None = None  # bool (): the update was skipped, as a gradient overflowed under the loss scale
+    notes: list[str] = field(default_factory=list)  # lines for the log
 
 
 class Trainer(Protocol):

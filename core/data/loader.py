@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     from config.schema import Config
 
 
+MAX_WORKER = 4  # of the default: each has two batches in memory
+
+
 class TrainLoader:
     """Training batches of rank `rank` of `world_size`, up to the end of epoch `end_epoch` (None: without end).
 
@@ -187,7 +190,7 @@ def make_train_loader(
         dataset,
         batch_image=config.General.batch_image,
         square=config.ResizeParam.short == config.ResizeParam.long,
-        num_worker=config.General.loader_worker,
+        num_worker=num_worker(config),
         accumulate=config.OptimizeParam.accumulate * num_device,
         rank=rank,
         world_size=world_size,
@@ -209,11 +212,19 @@ def make_test_loader(config: Config, image_set: str | ImageSet, rank: int = 0, w
         DetectionDataset([index], config.test_transform.sample, keep_empty=True),
         batch_image=config.TestParam.batch_image,
         square=config.ResizeParam.short == config.ResizeParam.long,
-        num_worker=config.General.loader_worker,
+        num_worker=num_worker(config),
         rank=rank,
         world_size=world_size,
         pin_memory=_pins_memory(config),
     )
+
+
+def num_worker(config: Config) -> int:
+    """Return General.loader_worker; by default the cores of this process's share of the machine, 1 to 4."""
+    if config.General.loader_worker is not None:
+        return config.General.loader_worker
+    processes = len(config.KvstoreParam.gpus) or config.KvstoreParam.processes
+    return min(max(usable_cpus() // processes, 1), MAX_WORKER)
 
 
 def _pins_memory(config: Config) -> bool:

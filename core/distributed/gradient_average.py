@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -18,18 +19,25 @@ class GradientAverage:
 
     Parameters are put into buckets, the last ones first, which is about the order of a backward pass; the all-reduce
     of a complete bucket overlaps with the rest of the pass. Gradients are views of the buckets, not copies.
+
+    overlaps: False where passes call no hooks, in CUDA graphs; `start` then follows the last pass of a step.
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], group: ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+        self,
+        parameters: Iterable[nn.Parameter],
+        group: ProcessGroup,
+        bucket_bytes: int = BUCKET_BYTES,
+        overlaps: bool = True,
     ) -> None:
         self.group = group
+        self.overlaps = overlaps
         self._buckets = _in_buckets([p for p in parameters if p.requires_grad][::-1], bucket_bytes)
         self._flat: list[Tensor] = []  # per bucket: its gradients, concatenated
         self._views: list[list[Tensor]] = []  # per bucket: a view of each gradient, strided as its parameter
         self._missing: list[int] = []  # per bucket: gradients that are not computed yet
         self._sent: list[dist.Work] = []
-        for number, bucket in enumerate(self._buckets):
+        for number, bucket in enumerate(self._buckets if overlaps else []):
             for parameter in bucket:
                 parameter.register_post_accumulate_grad_hook(lambda _, number=number: self._count(number))
         self.active = False
@@ -39,12 +47,13 @@ class GradientAverage:
         if not self._flat:
             self._flat = [bucket[0].new_empty(sum(p.numel() for p in bucket)).detach() for bucket in self._buckets]
             self._views = [_views(flat, bucket) for flat, bucket in zip(self._flat, self._buckets, strict=True)]
-        for bucket, views in zip(self._buckets, self._views, strict=True):
+        for bucket, flat, views in zip(self._buckets, self._flat, self._views, strict=True):
+            given = [(view, p.grad) for p, view in zip(bucket, views, strict=True) if p.grad is not None]
+            if len(given) < len(bucket):
+                flat.zero_()
+            if given:
+                torch._foreach_copy_([view for view, _ in given], [gradient for _, gradient in given])
             for parameter, view in zip(bucket, views, strict=True):
-                if parameter.grad is None:
-                    view.zero_()
-                else:
-                    view.copy_(parameter.grad)
                 parameter.grad = view  # the pass adds to it
         self._missing = [len(bucket) for bucket in self._buckets]
         self._sent = []

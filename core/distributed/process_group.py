@@ -106,8 +106,8 @@ class ProcessGroup:
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         dist.all_reduce(flat, group=_control_group() if on_cpu else None)
         flat /= self.world_size
-        for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        means = flat.split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_([*tensors], [mean.view_as(tensor) for tensor, mean in zip(tensors, means, strict=True)])
 
 
 SINGLE_PROCESS = ProcessGroup()

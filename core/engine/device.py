@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,32 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """Return the batch with its tensors on the device."""
     moved = {n: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for n, v in batch.items()}
     return cast(Batch, moved)
+
+
+class BatchUpload:
+    """Copies batches to the device. On a GPU a stream of its own copies, beside the steps that are still computed: the
+    host, which is ahead of the device, does not wait, and what it launches later waits for the copy.
+
+    streams: torch.cuda, or its like in a test.
+    """
+
+    def __init__(self, device: torch.device, streams: Any = torch.cuda) -> None:
+        self._device = device
+        self._streams = streams
+        self._side = streams.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return the batch with its tensors on the device."""
+        if self._side is None:
+            return to_device(batch, self._device)
+        with self._streams.stream(self._side):
+            moved = to_device(batch, self._device)
+        main = self._streams.current_stream(self._device)
+        main.wait_stream(self._side)
+        for value in moved.values():
+            if isinstance(value, Tensor):
+                value.record_stream(main)  # its memory is free for later copies once the main stream is done with it
+        return moved
 
 
 def move_module(module: nn.Module, device: torch.device) -> nn.Module:

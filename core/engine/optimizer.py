@@ -62,6 +62,9 @@ class SGD:
 
     A parameter without a gradient is treated as one with gradient zero: it still decays.
 
+    torch's fused kernel computes the formula in one pass over the memory, with the arguments lr = -1 and
+    dampening = 1 + lr. The results of separate operations differ from it in the last bits, by the order of roundings.
+
     Args:
         named_parameters: the parameters that are trained; they are updated in place.
         lr_mult, wd_mult: factors on lr and wd by parameter name, from `multipliers`.
@@ -84,35 +87,52 @@ class SGD:
         self.clip_gradient = clip_gradient
         self._parameters = dict(named_parameters)
         self._momentum_buffers = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self._zeros: dict[str, Tensor] = {}  # gradients of parameters without one
         # parameters with equal multipliers are updated together, by a few fused operations
         self._groups: dict[tuple[float, float], list[str]] = {}
         for name in self._parameters:
             self._groups.setdefault((lr_mult[name], wd_mult[name]), []).append(name)
 
     @torch.no_grad()
-    def step(self, lr: float, found_inf: Tensor | None = None) -> None:
-        """Update every parameter once from its `.grad`, which is not modified.
+    def step(self, lr: float, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Update every parameter once from its `.grad`, which is strided like the parameter.
 
+        grad_scale: the gradients are divided by it, float32 () on the parameters' device. Those in `.grad` may be
+        divided too, or not: they are of no use after a step with a grad_scale.
         found_inf: a bool () on the parameters' device; where it is True, parameters and momentum keep their values.
-        The host does not read it.
+        The host reads neither.
         """
+        skip = None if found_inf is None else found_inf.float()
         for (lr_mult, wd_mult), names in self._groups.items():
-            weights = [self._parameters[name] for name in names]
-            buffers = [self._momentum_buffers[name] for name in names]
-            gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+            gradients, scale = [self._gradient(name) for name in names], grad_scale
             if self.clip_gradient is not None:
+                if scale is not None:
+                    torch._foreach_div_(gradients, scale)
+                    scale = None
                 gradients = list(torch._foreach_clamp_max(gradients, self.clip_gradient))
                 torch._foreach_clamp_min_(gradients, -self.clip_gradient)
-            decayed = torch._foreach_add(gradients, weights, alpha=self.wd * wd_mult)
-            if found_inf is None:
-                torch._foreach_mul_(buffers, self.momentum)
-                torch._foreach_add_(buffers, decayed, alpha=-lr * lr_mult)
-                torch._foreach_add_(weights, buffers)
-                continue
-            torch._foreach_mul_(buffers, torch.where(found_inf, 1.0, self.momentum))
-            update = [d.masked_fill_(found_inf, 0.0) for d in decayed]
-            torch._foreach_add_(buffers, update, alpha=-lr * lr_mult)
-            torch._foreach_add_(weights, torch._foreach_mul(buffers, torch.where(found_inf, 0.0, 1.0)))
+            torch._fused_sgd_(
+                [self._parameters[name] for name in names],
+                gradients,
+                [self._momentum_buffers[name] for name in names],
+                weight_decay=self.wd * wd_mult,
+                momentum=self.momentum,
+                lr=-1.0,
+                dampening=1 + lr * lr_mult,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+                grad_scale=scale,
+                found_inf=skip,
+            )
+
+    def _gradient(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        if parameter.grad is not None:
+            return parameter.grad
+        if name not in self._zeros:
+            self._zeros[name] = torch.zeros_like(parameter)
+        return self._zeros[name]
 
     def zero_grad(self) -> None:
         """Set the gradients to None."""

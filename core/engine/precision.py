@@ -67,7 +67,8 @@ def uses_tf32(general: General, compute_dtype: Precision) -> bool:
 
 
 def configure_arithmetic(general: General, compute_dtype: Precision, device: torch.device) -> None:
-    """Set torch's process-wide switches for arithmetic on a GPU: TF32, and General.deterministic.
+    """Set torch's process-wide switches for arithmetic on a GPU: TF32, General.deterministic, and cuDNN's choice of
+    algorithms by timing, which pays because input shapes are static, and may differ from run to run.
 
     Deterministic operators are used where torch has them; it warns about each one that it lacks.
     """
@@ -77,6 +78,7 @@ def configure_arithmetic(general: General, compute_dtype: Precision, device: tor
     torch.backends.cudnn.conv.fp32_precision = float32  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.fp32_precision = float32
     torch.backends.cudnn.deterministic = general.deterministic
+    torch.backends.cudnn.benchmark = not general.deterministic
     if general.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is initialised, which is later
     torch.use_deterministic_algorithms(general.deterministic, warn_only=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import symbol as S
 from core.distributed.gradient_average import GradientAverage
 from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
+from core.engine.cuda_graph import CudaRecorder, GraphedPass, graph_obstacle
 from core.engine.device import move_module
 from core.engine.moving_statistics import MovingStatistics
 from core.engine.optimizer import SGD, multipliers
@@ -51,6 +52,7 @@ class Trainer:
     scale: LossScale | None = None  # None: not in float16
     compute_dtype: Precision = "float32"
     plan: Plan | None = None  # None: nothing is recomputed
+    graphed: GraphedPass | None = None  # None: every pass is eager
 
     def step(self, batches: Sequence[Batch], step: int) -> StepRecord:
         """Make one update from OptimizeParam.accumulate batches; as many processes with one batch each make the same.
@@ -70,26 +72,29 @@ class Trainer:
         for i, batch in enumerate(batches):
             if i:
                 statistics.restart()
-            if self.average is not None and i == len(batches) - 1:
+            if self.average is not None and self.average.overlaps and i == len(batches) - 1:
                 self.average.start()
             losses.append(self._forward_backward(batch))
             if accumulates:
                 statistics.add()
         if self.average is not None:
+            if not self.average.overlaps:
+                self.average.start()
             self.average.finish()
 
-        # gradients of the mean loss, and whether they overflowed
+        # norm of the mean loss's gradients, and whether they overflowed; the update, not a pass before it, divides them
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm, divisor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))), None
         if self.scale is not None:
-            torch._foreach_mul_(gradients, 1 / (len(batches) * self.scale.value))
+            divisor = len(batches) * self.scale.value
         elif accumulates:
-            torch._foreach_mul_(gradients, 1 / len(batches))
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            divisor = torch.full((), float(len(batches)), device=self.device)
+        norm = norm if divisor is None else norm / divisor
         found_inf = ~norm.isfinite() if self.scale is not None else None
 
         # update
         lr = self.schedule.lr_at(step)
-        self.optimizer.step(lr, found_inf)
+        self.optimizer.step(lr, divisor, found_inf)
         if accumulates:
             statistics.set_mean()
         if self.config.NormalizeParam.type == "localbn":
@@ -101,27 +106,35 @@ class Trainer:
 
         mean = torch.stack(losses).mean(dim=0)  # (L,)
         files = [path for batch in batches for path in batch["files"]]
-        return StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), found_inf)
+        record = StepRecord(step, lr, files, torch.cat([mean, norm.reshape(1)]), found_inf)
+        if self.graphed is not None:
+            record.notes.extend(self.graphed.notes)
+            self.graphed.notes.clear()
+        return record
 
     def _forward_backward(self, batch: Batch) -> Tensor:
         """Return the losses (L,) of a batch; its gradients, times the loss scale, are added to `.grad`."""
-        num_loss = len(self.config.ModelParam.train_symbol)
-        outputs = self.module(**select(batch, self.config.data_name + self.config.label_name))
-        losses = torch.stack([loss.reshape(()) for loss in outputs[:num_loss]])  # (L,)
-        (losses.sum() * (self.scale.value if self.scale is not None else 1)).backward()
+        inputs = select(batch, self.config.data_name + self.config.label_name)
+        losses, *outputs = self._pass(inputs) if self.graphed is None else self.graphed(self._pass, inputs)
         for metric, span in self.metrics:
             labels = select(batch, metric.label_names)
-            metric.update(list(labels.values()), [output.detach() for output in outputs[span]])
-        return losses.detach()
+            metric.update(list(labels.values()), outputs[span])
+        return losses.clone()
+
+    def _pass(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the losses (L,) and all outputs of a forward and backward pass."""
+        outputs = self.module(**inputs)
+        losses = torch.stack([loss.reshape(()) for loss in outputs[: len(self.config.ModelParam.train_symbol)]])  # (L,)
+        (losses.sum() * (self.scale.value if self.scale is not None else 1)).backward()
+        return [losses.detach(), *(output.detach() for output in outputs)]
 
     def _read_statistics(self) -> list[Tensor]:
-        """Return a copy of all moving statistics as one tensor, since there are hundreds of small ones."""
-        return [torch.cat([buffer.reshape(-1) for buffer in self.module.buffers()])]
+        """Return a copy of all moving statistics, vectors, as one: torch.cat launches the fewest kernels."""
+        return [torch.cat(list(self.module.buffers()))]
 
     def _write_statistics(self, flat: Sequence[Tensor]) -> None:
         buffers = list(self.module.buffers())
-        parts = flat[0].split([buffer.numel() for buffer in buffers])
-        torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+        torch._foreach_copy_(buffers, list(flat[0].split([len(buffer) for buffer in buffers])))
 
     def weights(self) -> Mapping[str, Tensor]:
         return self.module.state_dict()
@@ -133,7 +146,14 @@ class Trainer:
         return self.scale.read() if self.scale is not None else None
 
     def describe(self) -> list[str]:
-        return [precision(self.config.General, self.device)[1], *([self.plan.describe()] if self.plan else [])]
+        general = self.config.General
+        lines = [precision(general, self.device)[1], *([self.plan.describe()] if self.plan else [])]
+        if general.cuda_graph:
+            obstacle = graph_obstacle(self.config, self.device)
+            lines.append(f"General.cuda_graph is set: {obstacle or 'full batches are computed by CUDA graphs'}")
+        if general.compile:
+            lines.append("General.compile is set: torch compiles the network in the first steps")
+        return lines
 
 
 def transform_batches(config: Config, batches: Sequence[Batch]) -> None:
@@ -196,8 +216,16 @@ def build_trainer(
         if scale is not None:  # the state has none if the run computed in another precision before
             scale.load_state_dict(scale_state)
     schedule = build_schedule(config, iter_per_epoch)
-    average = GradientAverage(module.parameters(), group) if group.world_size > 1 else None
+    graphed = None
+    if config.General.cuda_graph and graph_obstacle(config, device) is None:
+        graphed = GraphedPass(module.parameters(), config.General.batch_image, CudaRecorder(device))
+    if config.General.compile:
+        module.compile(fullgraph=True, dynamic=False)
+    average = None
+    if group.world_size > 1:  # a replay of a graph calls no hooks
+        average = GradientAverage(module.parameters(), group, overlaps=graphed is None)
     metrics = metric_spans(config)
-    return Trainer(
-        config, device, module, optimizer, schedule, metrics, group, average, scale, compute_dtype, plan
-    ), notes
+    trainer = Trainer(
+        config, device, module, optimizer, schedule, metrics, group, average, scale, compute_dtype, plan, graphed
+    )
+    return trainer, notes

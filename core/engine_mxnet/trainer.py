@@ -121,6 +121,9 @@ class MxnetTrainer:
         lines = [f"engine: MXNet {load_mxnet().__version__} on {devices}{machines}, in float32{shared}"]
         if self.config.ModelParam.memonger:
             lines.append("ModelParam.memonger is not read by this engine: nothing is recomputed")
+        for name in ("cuda_graph", "compile"):
+            if getattr(self.config.General, name):
+                lines.append(f"General.{name} is not read by this engine")
         return lines
 
     def _forward_backward(self, parts: Sequence[Batch]) -> list[list[float]]:

@@ -273,6 +273,23 @@ def config(image_sets: tuple[ImageSet, ...], long: int = 32) -> Any:
     )
 
 
+@pytest.mark.parametrize(
+    "cores, gpus, processes, expected",
+    [(16, (0,), 1, 4), (16, tuple(range(8)), 1, 2), (2, (0,), 1, 2), (2, (), 4, 1), (6, (), 2, 3)],
+)
+def test_workers_follow_the_cores_unless_given(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: tuple[int, ...], processes: int, expected: int
+) -> None:
+    monkeypatch.setattr(loader, "usable_cpus", lambda: cores)
+    given = config(())
+    given.KvstoreParam = SimpleNamespace(gpus=gpus, processes=processes)
+    given.General.loader_worker = None
+    assert loader.num_worker(given) == expected
+    for number in (0, 7):
+        given.General.loader_worker = number
+        assert loader.num_worker(given) == number
+
+
 def test_a_rank_has_batch_image_images_per_step(image_set: ImageSet) -> None:
     alone = loader.make_train_loader(config((image_set,)))
     first = loader.make_train_loader(config((image_set,)), rank=0, world_size=3)

@@ -1,9 +1,12 @@
-"""Missing GPUs, and running out of memory."""
+"""Missing GPUs, copies to the device, and running out of memory."""
 
 from __future__ import annotations
 
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +14,9 @@ import torch
 
 from config.load import load_config
 from core.data.loader import make_train_loader
-from core.engine.device import require_gpus
+from core.engine.device import BatchUpload, require_gpus
 from core.engine.out_of_memory import explain_out_of_memory
-from core.engine.trainer import build_trainer
+from core.engine.trainer import build_trainer, transform_batches
 from tests.core.conftest import Run
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
@@ -47,6 +50,67 @@ def test_the_linear_rule_counts_what_is_accumulated() -> None:
     config = load_config(NASFPN, is_train=True, overrides=[*base, "OptimizeParam.accumulate=6"])
     assert config.OptimizeParam.global_batch_size == 24
     assert config.OptimizeParam.optimizer.lr == pytest.approx(24 * 0.01 / 8)
+
+
+class FakeStreams:
+    """Stands in for torch.cuda: records the order of calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.now = "main"
+
+    def Stream(self, device: torch.device) -> str:
+        return f"side of {device}"
+
+    @contextmanager
+    def stream(self, side: str) -> Iterator[None]:
+        self.now = side
+        yield
+        self.now = "main"
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(
+            name=self.now, wait_stream=lambda other: self.calls.append(f"{self.now} waits for {other}")
+        )
+
+
+def test_a_batch_is_copied_aside_and_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake, gpu = FakeStreams(), torch.device("cuda", 1)
+
+    def to_device(batch: Any, device: torch.device) -> Any:
+        fake.calls.append(f"copy to {device} on {fake.now}")
+        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+    monkeypatch.setattr("core.engine.device.to_device", to_device)
+    used = lambda value, stream: fake.calls.append(f"{tuple(value.shape)} is used on {stream.name}")  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "record_stream", used)
+    batch: Any = {"image": torch.zeros(2, 3), "im_id": torch.zeros(2), "files": ["a", "b"]}
+    moved = BatchUpload(gpu, fake)(batch)
+    assert moved.keys() == batch.keys()
+    assert fake.calls == [
+        "copy to cuda:1 on side of cuda:1",
+        "main waits for side of cuda:1",
+        "(2, 3) is used on main",
+        "(2,) is used on main",
+    ]
+
+
+def test_on_a_cpu_a_batch_stays_as_it_is() -> None:
+    fake, image = FakeStreams(), torch.zeros(2, 3)
+    batch: Any = {"image": image, "files": ["a"]}
+    assert BatchUpload(torch.device("cpu"), fake)(batch)["image"] is image
+    assert fake.calls == []
+
+
+def test_the_network_reads_channels_last_images_and_weights(load: Run) -> None:
+    config = load()
+    trainer, _ = build_trainer(config, torch.device("cpu"), 5, None)
+    batch = next(iter(make_train_loader(config)))
+    transform_batches(config, [batch])
+    assert batch["data"].is_contiguous(memory_format=torch.channels_last)
+    weights = [p for p in trainer.module.parameters() if p.ndim == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert len(weights) > 20
 
 
 def step_with_little_memory(_: int, overrides: list[str]) -> str:

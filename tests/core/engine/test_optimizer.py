@@ -82,6 +82,61 @@ def test_a_step_leaves_the_gradients_as_they_are() -> None:
         torch.testing.assert_close(p.grad, before[name], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("clip_gradient", [None, 0.5])
+def test_scaled_gradients_give_the_update_of_the_unscaled_ones(clip_gradient: float | None) -> None:
+    states = []
+    for scale in (1, 2**12):
+        parameters = make_parameters()
+        sgd = make_sgd(parameters, clip_gradient)
+        for step in range(2):
+            set_gradients(parameters, step)
+            parameters["bn1_gamma"].grad = None
+            for parameter in parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad *= scale
+            sgd.step(0.1, torch.tensor(float(scale)) if scale > 1 else None)
+        states.append(
+            {name: p.detach() for name, p in parameters.items()} | {f"{n}.m": m for n, m in sgd.state_dict().items()}
+        )
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("clip_gradient", [None, 0.5])
+def test_an_overflow_leaves_weights_and_momentum_as_they_are(clip_gradient: float | None) -> None:
+    parameters = {name: p.detach().float().requires_grad_() for name, p in make_parameters().items()}
+    sgd = make_sgd(parameters, clip_gradient)
+    fine = torch.tensor(False)
+
+    def step(found_inf: torch.Tensor, gradient: float) -> dict[str, torch.Tensor]:
+        for name, parameter in parameters.items():
+            parameter.grad = None if name == "bn1_gamma" else torch.full_like(parameter, gradient)
+        sgd.step(0.1, torch.tensor(8.0), found_inf)
+        return {name: p.detach().clone() for name, p in parameters.items()} | {
+            f"{name} momentum": m.clone() for name, m in sgd.state_dict().items()
+        }
+
+    before = step(fine, 1.0)
+    for gradient in (torch.inf, torch.nan):
+        after = step(~fine, gradient)
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+    after = step(fine, 1.0)
+    assert not any(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_momentum_of_a_channels_last_weight_has_its_strides() -> None:
+    """The fused kernel walks through the memory of weight, gradient and momentum alike."""
+    plain = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    ends = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = plain.clone(memory_format=layout).requires_grad_()
+        sgd = SGD([("w", weight)], {"w": 1.0}, {"w": 1.0}, momentum=0.9, wd=0.01)
+        sgd.load_state_dict({"w": plain.sqrt().nan_to_num(1.0)})
+        (weight * plain).sum().backward()  # a gradient of the default layout, which autograd restrides
+        sgd.step(0.1)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
 def test_a_parameter_without_gradient_still_decays() -> None:
     parameters = make_parameters()
     before = {name: p.detach().clone() for name, p in parameters.items()}

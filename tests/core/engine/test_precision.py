@@ -87,9 +87,9 @@ def test_a_gpu_computes_in_the_requested_type(monkeypatch: pytest.MonkeyPatch) -
 def switches() -> Iterator[None]:
     """Restore torch's process-wide switches after the test."""
     conv, matmul, cudnn = torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.cudnn
-    before = conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic
+    before = conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic, cudnn.benchmark
     yield
-    conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic = before
+    conv.fp32_precision, matmul.fp32_precision, cudnn.deterministic, cudnn.benchmark = before
     torch.use_deterministic_algorithms(False)
 
 
@@ -108,6 +108,7 @@ def test_arithmetic_on_a_gpu(switches: None, general: General, compute_dtype: Pr
     precision.configure_arithmetic(general, compute_dtype, torch.device("cuda", 0))
     assert torch.backends.cudnn.conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == float32
     assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == general.deterministic
+    assert torch.backends.cudnn.benchmark != general.deterministic
 
 
 def test_the_loss_scale_halves_at_overflow_and_doubles_after_a_while() -> None:

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 
 from config.section import fill
-from core.engine.trainer import Trainer, transform_batches
-from models.record import select
 from symbol import Symbol
 from symbol.graph import Entry, Node
 from symbol.passes.rewrite import rewrite, with_inputs
@@ -21,6 +19,7 @@ from utils.acceptance.stage.speed import build, release, stepper
 from utils.benchmark_step import random_batch
 
 LEAST_TO_COMPILE = 20.0  # seconds
+COMPARED = 10  # steps
 
 
 def run(context: Context) -> None:
@@ -28,6 +27,7 @@ def run(context: Context) -> None:
         for name, option in OPTIONS.items():
             release()
             context.attempt(f"{name}, {images} images", partial(option, context, name, images))
+    context.attempt("CUDA graph against eager", partial(_graph_equals_eager, context))
     context.attempt("torch.compile", partial(_compiled, context))
 
 
@@ -98,54 +98,43 @@ def cast_behind_convolutions(graph: Symbol) -> Symbol:
 
 
 def _cuda_graph(context: Context, name: str, images: int) -> None:
-    """Time it off, then on: forward and backward pass as one CUDA graph; batch transforms and update as they are."""
+    """Time it off, then on; the batch transforms and the update are as they are."""
+    off_on = []
+    for on in (False, True):
+        sets = (f"General.cuda_graph={on}", f"General.batch_image={images}")
+        trainer = build(context, NASFPN_640, _precision(context), *sets)
+        if on and trainer.graphed is None:
+            context.skip(f"{name}, {images} images", "a CPU has no CUDA graphs")
+            return
+        off_on.append(_time(context, stepper(trainer, images)))
+    _record(context, name, images, *off_on)
+
+
+def _graph_equals_eager(context: Context) -> None:
+    """Compare steps with and without CUDA graphs in a deterministic run: they may differ by what eager steps differ
+    from each other, which is nothing if all operators are deterministic."""
+    what = f"{COMPARED} steps with a CUDA graph equal eager ones"
+    eager, repeated, graphed = (compared_steps(context, on) for on in (False, False, True))
     if context.small:
-        context.skip(f"{name}, {images} images", "a CPU has no CUDA graphs")
+        context.skip(what, "a CPU has no CUDA graphs")
         return
-    trainer = build(context, NASFPN_640, _precision(context))
-    off = _time(context, stepper(trainer, images))
-    _record(context, name, images, off, _time(context, graphed(trainer, images)))
+    own, found = (float((other / eager - 1).abs().max()) for other in (repeated, graphed))
+    context.check(what, found <= 10 * own, difference=found, eager_difference=own)
 
 
-def graphed(trainer: Trainer, images: int) -> Callable[[], object]:
-    """A step whose forward and backward pass is replayed; the metric is left out."""
-    config = trainer.config
-    config.General.batch_image = images
-    raw, names = random_batch(config, trainer.device), config.data_name + config.label_name
-    first = raw.copy()
-    transform_batches(config, [first])
-    inputs = {name: value.clone() for name, value in select(first, names).items()}
-
-    def forward_backward() -> torch.Tensor:
-        losses = trainer.module(**inputs)[: len(config.ModelParam.train_symbol)]
-        loss = torch.stack([one.reshape(()) for one in losses]).sum()
-        loss.backward()
-        return loss
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            trainer.optimizer.zero_grad()
-            forward_backward()
-    torch.cuda.current_stream().wait_stream(side)
-    trainer.optimizer.zero_grad()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        forward_backward()
-    gradients = [p.grad for p in trainer.module.parameters() if p.grad is not None]
-
-    def step() -> torch.Tensor:
-        batch = raw.copy()
-        transform_batches(config, [batch])
-        for name, value in select(batch, names).items():
-            inputs[name].copy_(value)
-        graph.replay()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        trainer.optimizer.step(1e-9)
-        return norm
-
-    return step
+def compared_steps(context: Context, uses_graph: bool) -> torch.Tensor:
+    """Return losses and gradient norm (COMPARED, L + 1) of steps on two batches in turn, of the narrow network."""
+    release()
+    sets = ("General.deterministic=True", f"General.cuda_graph={uses_graph}")
+    trainer = trainer_of(config_of(NASFPN_640, context.device, _precision(context), *NARROW, *sets), context.device)
+    first = random_batch(trainer.config, context.device)
+    second = first.copy()
+    second["image"] = 255 - first["image"]
+    steps = [trainer.step([(first, second)[i % 2].copy()], i) for i in range(COMPARED)]
+    if uses_graph and not context.small:
+        notes = [note for step in steps for note in step.notes]
+        context.check("a CUDA graph is recorded", any("are a CUDA graph" in note for note in notes), notes=notes)
+    return torch.stack([step.values for step in steps]).double().cpu()
 
 
 def _compiled(context: Context) -> None:
