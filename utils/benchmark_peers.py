@@ -245,7 +245,7 @@ def mmdet_side(row: str, batch: Batch, half: bool, device: torch.device) -> Side
 
     config = Config.fromfile(folder / MMDET_CONFIGS[row])
     init_default_scope("mmdet")
-    MMLogger.get_current_instance().setLevel("WARNING")  # or it lists every parameter
+    MMLogger.get_current_instance().setLevel("ERROR")  # or it lists every parameter
     config.model.backbone.init_cfg = None  # the ImageNet weights would be downloaded
     model: Any = MODELS.build(config.model)
     model.init_weights()
@@ -280,15 +280,13 @@ def mmdet_side(row: str, batch: Batch, half: bool, device: torch.device) -> Side
 
 
 def peer_sides(row: str, batch: Batch, halves: Sequence[bool], device: torch.device) -> Iterator[Side]:
-    """Yield the sides of the peers that are installed; print a line for each of the others."""
+    """Yield the sides of the peers that are installed."""
     builders: list[Callable[[bool], Side]] = [lambda half: mmdet_side(row, batch, half, device)]
     if row == "fpn":
         builders.append(lambda half: torchvision_side(batch, half, device))
     for builder in builders:
-        try:
+        with suppress(PeerMissingError):  # describe_peers has said so
             yield from map(builder, halves)
-        except PeerMissingError as error:
-            print(error)
 
 
 def measure(sides: Sequence[Side], phase: str, rounds: int, device: torch.device) -> dict[str, list[float]]:
@@ -322,14 +320,15 @@ def table(title: str, sides: Sequence[Side], seconds: dict[str, list[float]], im
     return lines
 
 
-def versions() -> str:
-    """Return the versions of the peers that are installed, and what was replaced in them."""
-    found = ""
-    with suppress(PeerMissingError):  # peer_sides prints it
-        found += f", torchvision {import_torchvision().__version__}"
-    with suppress(PeerMissingError):
-        found += f", {import_mmdet()[1]}"
-    return found
+def describe_peers() -> list[str]:
+    """Return a line for each peer: its version and what was replaced in it, or how to install it."""
+    lines = []
+    for describe in (lambda: f"torchvision {import_torchvision().__version__}", lambda: import_mmdet()[1]):
+        try:
+            lines.append(describe())
+        except PeerMissingError as error:
+            lines.append(str(error))
+    return list(dict.fromkeys(lines))  # MMDetection may lack torchvision, which is said once
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -357,10 +356,8 @@ def main(argv: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> No
     warnings.filterwarnings("ignore", module=r"(mm\w+|torchvision)\b")
     device = torch.device(arguments.device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{where}, torch {torch.__version__}{versions()}; {arguments.batch} images per step, {arguments.rounds} rounds"
-    )
-    print("\n".join(library.notes))
+    print(f"{where}, torch {torch.__version__}, {arguments.batch} images per step, {arguments.rounds} rounds")
+    print("\n".join([*library.notes, *describe_peers()]))
     batch_size = [f"General.batch_image={arguments.batch}", f"TestParam.batch_image={arguments.batch}"]
     for row in arguments.rows:
         sides = []
