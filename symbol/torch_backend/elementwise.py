@@ -10,7 +10,7 @@ from torch import Tensor
 from symbol.torch_backend.registry import lowers
 
 
-def _require_one_shape(lhs: Tensor, rhs: Tensor) -> None:
+def require_one_shape(lhs: Tensor, rhs: Tensor) -> None:
     """Raise ValueError for shapes that torch would broadcast and MXNet's elementwise operators refuse."""
     if lhs.shape != rhs.shape:
         raise ValueError(
@@ -21,19 +21,19 @@ def _require_one_shape(lhs: Tensor, rhs: Tensor) -> None:
 
 @lowers("elemwise_add")
 def elemwise_add(lhs: Tensor, rhs: Tensor) -> Tensor:
-    _require_one_shape(lhs, rhs)
+    require_one_shape(lhs, rhs)
     return lhs + rhs
 
 
 @lowers("elemwise_sub")
 def elemwise_sub(lhs: Tensor, rhs: Tensor) -> Tensor:
-    _require_one_shape(lhs, rhs)
+    require_one_shape(lhs, rhs)
     return lhs - rhs
 
 
 @lowers("elemwise_mul")
 def elemwise_mul(lhs: Tensor, rhs: Tensor) -> Tensor:
-    _require_one_shape(lhs, rhs)
+    require_one_shape(lhs, rhs)
     return lhs * rhs
 
 
