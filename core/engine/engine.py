@@ -14,13 +14,14 @@ from torch import Tensor
 import symbol as S
 from core.distributed.launch import torchrun
 from core.distributed.process_group import ProcessGroup, launched_size
-from core.engine.device import available_gpus, move_module, require_gpus, select_device
+from core.engine.device import available_gpus, require_gpus, select_device
 from core.engine.out_of_memory import explain_out_of_memory
 from core.engine.precision import configure_arithmetic, precision
 from core.engine.trainer import Trainer, build_trainer
 from core.weights.checkpoint import Checkpoint, require_fit
 from core.weights.first_weights import shapes_of
 from symbol.passes import in_precision
+from symbol.torch_backend import lower_for_inference
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -69,8 +70,7 @@ class TorchEngine:
         self, config: Config, weights: Mapping[str, Tensor], device: torch.device, source: str | Path
     ) -> tuple[Callable[..., Sequence[Tensor]], list[str]]:
         compute_dtype, _ = precision(config.General, device)
-        module = S.lower(in_precision(config.ModelParam.test_symbol, compute_dtype))
-        require_fit(shapes_of(module), weights, source)
-        module.load_state_dict(weights)
+        graph = in_precision(config.ModelParam.test_symbol, compute_dtype)
+        require_fit(shapes_of(S.lower(graph)), weights, source)
         configure_arithmetic(config.General, compute_dtype, device)
-        return move_module(module, device).eval(), []
+        return lower_for_inference(graph, weights, device), []

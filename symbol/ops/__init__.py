@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from symbol.attributes import nearest
-from symbol.ops import detection, elementwise, layout, loss, nn
+from symbol.ops import detection, elementwise, inference, layout, loss, nn
 from symbol.ops.row import Op, Shape
 
 __all__ = ["ALIASES", "OPS", "Op", "Shape", "find_op"]
 
-OPS: Mapping[str, Op] = {row.name: row for family in (nn, elementwise, layout, loss, detection) for row in family.ROWS}
+_FAMILIES = (nn, elementwise, layout, loss, detection, inference)
+
+OPS: Mapping[str, Op] = {row.name: row for family in _FAMILIES for row in family.ROWS}
 ALIASES: Mapping[str, str] = {alias: row.name for row in OPS.values() for alias in row.aliases}
 
 

@@ -30,6 +30,7 @@ from models.backbone.resnet import resnet_v1b
 from models.retinanet.builder import RetinaNetHead
 from symbol import Group, Symbol, var
 from symbol.layers import normalizer_factory
+from symbol.passes import fold_batch_norm, fuse_inference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = Path(__file__).parents[2] / "config" / "NASFPN"
@@ -174,6 +175,23 @@ def test_outputs_of_every_level(case: Case) -> None:
 def test_outputs_with_moving_statistics(case: Case) -> None:
     for ours, key in zip(case.evaluated, ("eval_cls", "eval_bbox"), strict=True):
         assert_close(ours, case.arrays[key], 1e-5)  # reached: 3e-6
+
+
+def test_outputs_with_folded_batch_normalization(case: Case) -> None:
+    """The folded and fused graph gives what the graph gives with moving statistics."""
+    internals = case.train.get_internals()
+    graph = Group([internals[f"{name}_concat_output"] for name in ("cls_logit", "bbox_delta")])
+    weights = {name: tensor.numpy().astype(np.float64) for name, tensor in case.state.items()}
+    folded, new = fold_batch_norm(graph, weights)
+    kept = [node.name for node in folded.nodes() if node.op == "BatchNorm"]
+    assert kept == (["P6_conv_bn"] if "P6_conv_weight" in weights else [])  # the raw P6 goes on to P7
+    module = S.lower(fuse_inference(folded)).double().eval()
+    module.load_state_dict({name: torch.from_numpy(array) for name, array in new.items()})
+    data = np.random.RandomState(0).standard_normal(case.facts["config"]["input"]).astype(np.float32)
+    with torch.no_grad():
+        outputs = module(data=torch.from_numpy(data).double())
+    for ours, theirs in zip(outputs, case.evaluated, strict=True):
+        assert_close(ours.numpy(), theirs, 1e-12)
 
 
 def test_outputs_with_batch_statistics(case: Case) -> None:

@@ -131,17 +131,17 @@ def test_a_bias_that_also_trains_elsewhere_keeps_its_gradient():
 
 
 def test_a_shared_weight_is_cast_once():
-    weight = var("w")
+    weight = var("w_weight")
     data = var("data")
     half = S.Cast(data, dtype="float16")
     graph = Group([conv(half, "a", weight=weight), conv(half, "b", weight=weight), conv(data, "c")])
     bfloat16 = in_precision(graph, "bfloat16")
     casts = [node for node in cast_weights(bfloat16).nodes() if node.op == "_cast_weight"]
-    assert [(node.inputs[0][0].name, node.attrs["dtype"]) for node in casts] == [("w", "bfloat16")]
+    assert [(node.inputs[0][0].name, node.attrs["dtype"]) for node in casts] == [("w_weight", "bfloat16")]
     assert ops(cast_weights(in_precision(graph, "float32"))) == ["Convolution"] * 3
     assert cast_weights(bfloat16).list_inputs() == ["data"]
     made = lower(bfloat16, data=SHAPE)
     a, b, c = made(data=random_data(torch.float32))
     assert (a.dtype, b.dtype, c.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
     (a.float().sum() + b.float().sum()).backward()
-    assert made.w.grad.dtype == torch.float32
+    assert made.w_weight.grad.dtype == torch.float32
