@@ -92,11 +92,11 @@ def necklace_side(path: Path, precision: str, overrides: Sequence[str], device: 
     test_config = load_config(path, is_train=False, overrides=common)
     images: Any = dict(select(batch, ["image", "im_info"]))
     images |= {"im_id": torch.arange(len(batch["image"])), "files": [""] * len(batch["image"])}
-    trainer.step([batch.copy()], 0)
+    trainer.step([batch.copy()], 0)  # for the moving statistics
     detector, _ = choose_engine("torch").build_detector(test_config, trainer.weights(), device, "random weights")
 
     def training() -> Tensor:
-        return trainer.step([batch.copy()], 0).values
+        return trainer.step([batch.copy()], 0).values[:-1]  # without the norm: gradients may overflow in float16
 
     def test() -> int:
         return sum(len(found.score) for found in detect(test_config, detector, [images.copy()], device))
@@ -114,7 +114,9 @@ def half_type(device: torch.device) -> torch.dtype:
 
 
 def peer_name(library_name: str, device: torch.device, half: bool) -> str:
-    return f"{library_name} {f'autocast {half_type(device)}'.replace('torch.', '') if half else 'float32'}"
+    """Return the name of a peer's side, such as "torchvision autocast bfloat16"."""
+    dtype = str(half_type(device)).removeprefix("torch.")
+    return f"{library_name} autocast {dtype}" if half else f"{library_name} float32"
 
 
 def move_peer(model: nn.Module, device: torch.device) -> nn.Module:
@@ -176,6 +178,7 @@ def torchvision_side(batch: Batch, half: bool, device: torch.device) -> Side:
         with torch.inference_mode(), autocast(device, half):
             return sum(len(found["scores"].cpu()) for found in model(images()))
 
+    training()  # for the moving statistics, if no training is timed
     return Side(peer_name("torchvision", device, half), training, test)
 
 
@@ -276,6 +279,7 @@ def mmdet_side(row: str, batch: Batch, half: bool, device: torch.device) -> Side
         with torch.inference_mode(), autocast(device, half):
             return sum(len(sample.pred_instances.scores.cpu()) for sample in model.test_step(data()))
 
+    training()  # for the moving statistics, if no training is timed
     return Side(peer_name("MMDetection", device, half), training, test)
 
 
@@ -365,6 +369,9 @@ def main(argv: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> No
             side, batch = necklace_side(ROOT / CONFIGS[row], precision, [*batch_size, *overrides], device)
             sides.append(side)
         sides.extend(peer_sides(row, batch, [False, True] if arguments.peer_half else [False], device))
+        if device.type == "cuda":  # process-wide: the same for all sides
+            torch.backends.cudnn.benchmark = True  # as MMDetection's configs
+            torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]  # torch's default
         for phase in [arguments.only] if arguments.only else PHASES:
             seconds = measure(sides, phase, arguments.rounds, device)
             print("\n".join(["", *table(f"{phase}, {row}", sides, seconds, arguments.batch)]), flush=True)
