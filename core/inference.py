@@ -80,7 +80,7 @@ def detect(config: Config, detector: Detector, batches: Iterable[Batch], device:
             transform.apply(batch)
         with torch.inference_mode():
             cls_score, bbox_xyxy = detector(data=batch["data"], im_info=batch["im_info"])
-            bbox, score, cls = _apply_nms(config, cls_score, bbox_xyxy)
+            bbox, score, cls = apply_nms(config, cls_score, bbox_xyxy)
             bbox = bbox / batch["im_info"][:, None, 2:]
         bbox, score, cls, im_id = bbox.cpu(), score.cpu(), cls.cpu(), batch["im_id"].tolist()
         for i, path in enumerate(batch["files"]):
@@ -88,7 +88,7 @@ def detect(config: Config, detector: Detector, batches: Iterable[Batch], device:
             yield Detections(im_id[i], path, bbox[i][kept].numpy(), score[i][kept].numpy(), cls[i][kept].numpy())
 
 
-def _apply_nms(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def apply_nms(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the detections among candidates cls_score (N, M, C + 1) and bbox (N, M, 4), best first: bbox (N, D, 4),
     score (N, D) and cls (N, D), padded with cls -1; D = max_det_per_image."""
     test = config.TestParam

@@ -293,7 +293,7 @@ def test_a_batch_too_large_is_explained(data_root: Path, tmp_path: Path, monkeyp
 
     config = load(data_root, tmp_path, "TestParam.batch_image=4")
     save_untrained(config)
-    monkeypatch.setattr("core.inference._apply_nms", full)
+    monkeypatch.setattr("core.inference.apply_nms", full)
     with pytest.raises(MemoryError, match=r"out of memory at the test .*--set TestParam\.batch_image=2"):
         run_test(config, None, None, num_draw=0)
 
