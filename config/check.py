@@ -66,6 +66,11 @@ def _check_network(config: Config) -> None:
             f"RpnParam.anchor_generate.stride: expected {AnchorGenerate().stride}, the strides of the "
             f"pyramid's levels, got {anchor.stride}; to change the anchor sizes, set anchor_generate.scale"
         )
+    if not (config.RpnParam.head.fp32_predict or config.General.fp16 or config.General.bf16):
+        raise ValueError(
+            "RpnParam.head.fp32_predict is False, but General.fp16 and bf16 are too, so that nothing is computed in a "
+            "half type; write RpnParam.head.fp32_predict=True, or General.fp16=True"
+        )
     model = config.ModelParam
     if config.NormalizeParam.type == "fixbn" and model.from_scratch and model.init_from is None:
         raise ValueError(

@@ -104,6 +104,7 @@ class AnchorGenerate(Section):
 class Head(Section):
     conv_channel: int = at_least(1, 256)
     num_conv: int = at_least(1, 4)  # convolutions before the prediction, in each subnet
+    fp32_predict: bool = True  # predictions in float32; False: in the half type of General.fp16 or bf16
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,6 +1,7 @@
 """Mixed precision: a network computes in float32, or in a half type up to the last convolutions of the head.
 
-Weights, batch statistics, those convolutions, the losses and the update are always float32.
+Weights, batch statistics, the losses and the update are always float32, and those convolutions are too unless
+RpnParam.head.fp32_predict is False.
 """
 
 from __future__ import annotations

@@ -143,13 +143,13 @@ class RetinaNetHead:
             channel = self.p.head.conv_channel
             x = conv(x, f"{name}_s{stride}", channel, kernel=3, no_bias=False, weight=weight, bias=bias)
             x = relu(self._normalize(x, f"{name}_bn_s{stride}"), f"{name}_relu_s{stride}")
-        if self.p.fp16:
+        if self.p.fp16 and self.p.head.fp32_predict:
             x = cast(x, "float32", f"{subnet}_fp32_s{stride}")
         weight, bias = weights[pred]
         return conv(x, f"{pred}_s{stride}", filter, kernel=3, no_bias=False, weight=weight, bias=bias)
 
     def get_output(self, feat: Features) -> tuple[list[Symbol], list[Symbol]]:
-        """Return logits (N, A*C, H, W) and deltas (N, A*4, H, W) of every level."""
+        """Return logits (N, A*C, H, W) and deltas (N, A*4, H, W) of every level, in float32 with head.fp32_predict."""
         cls_weights = self._weights("cls", constant(-math.log((1 - PRIOR) / PRIOR)))
         bbox_weights = self._weights("bbox", ZERO)
         cls_logit, bbox_delta = [], []
@@ -206,6 +206,9 @@ class RetinaNetHead:
         boxes, scores = [], []
         coarsest = max(p.anchor_generate.stride)
         for stride, logit, delta in zip(p.anchor_generate.stride, *self.get_output(feat), strict=True):
+            if p.fp16 and not p.head.fp32_predict:
+                logit = cast(logit, "float32", f"cls_logit_fp32_s{stride}")
+                delta = cast(delta, "float32", f"bbox_delta_fp32_s{stride}")
             score = sigmoid(logit, f"cls_score_stride{stride}")
             anchors = S._contrib_GenAnchor(
                 score,

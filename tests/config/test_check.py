@@ -43,6 +43,10 @@ def test_the_recipe_passes() -> None:
             ["NormalizeParam.type=fixbn", "ModelParam.from_scratch=True"],
             "random weights would diverge; write NormalizeParam.type=localbn",
         ),
+        (
+            ["RpnParam.head.fp32_predict=False", "General.fp16=False"],
+            "nothing is computed in a half type; write RpnParam.head.fp32_predict=True, or General.fp16=True",
+        ),
         (["NormalizeParam.eps=0"], "NormalizeParam.eps: expected more than 0, got 0.0"),
         (["NormalizeParam.lr_mult=-1"], "NormalizeParam.lr_mult: expected 0 or more, got -1.0"),
         (["TestParam.nms.thr=1.5"], "TestParam.nms.thr: expected 0 to 1, got 1.5"),

@@ -26,6 +26,7 @@ from core.inference import detect
 from core.inference import test as run_test
 from core.weights.checkpoint import Progress, epoch_stem, save_checkpoint
 from core.weights.params_file import write_params
+from operator_cxx.reference.box import inclusive_area, inclusive_iou
 from symbol import lower
 from tests.small_config import DEMO, SMALL_NETWORK
 from tests.two_processes import run_in_processes
@@ -338,3 +339,37 @@ def test_simpledets_merged_checkpoint_detects_the_same(
     localbn = load(data_root, tmp_path)
     with pytest.raises(ValueError, match=r"set NormalizeParam\.type=fixbn"):
         run_test(localbn, tmp_path / "merged-0003.params", None, num_draw=0)
+
+
+@pytest.mark.parametrize("fp32_predict", [True, False])
+def test_detections_in_bfloat16_are_those_of_float32(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fp32_predict: bool
+) -> None:
+    """Of the detections above the median score, 98 % have one of their class with an IoU above 0.8 and a score that
+    differs by less than 0.05; measured: 99.6 %. The weights give scores of all heights."""
+    overrides = ["General.fp16=True", f"RpnParam.head.fp32_predict={fp32_predict}"]
+    config = load(data_root, tmp_path, *overrides)
+    weights = dict(lower(config.ModelParam.test_symbol, seed=1).state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in weights.items():
+        if "bn" in name:
+            tensor.uniform_(0.8, 1.2, generator=generator)
+        elif name == "cls_pred_weight":
+            tensor.normal_(0, 0.3, generator=generator)
+    write_params(tmp_path / "x-0001.params", weights)
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr("core.engine.engine.precision", lambda *_, dtype=dtype: (dtype, ""))
+        (tested,) = run_test(config, tmp_path / "x-0001.params", None, num_draw=0)
+        found.append(tested.detections)
+    hits, count = 0, 0
+    for single, half in zip(*found, strict=True):
+        boxes = [torch.from_numpy(image.bbox) for image in (single, half)]
+        areas = [inclusive_area(box) for box in boxes]
+        iou = inclusive_iou(boxes[0][:, None], areas[0][:, None], boxes[1], areas[1]).numpy()
+        near = np.abs(single.score[:, None] - half.score[None]) < 0.05
+        match = (iou > 0.8) & near & (single.cls[:, None] == half.cls[None])
+        good = single.score > np.median(single.score)
+        hits, count = hits + match.any(1)[good].sum(), count + good.sum()
+    assert count > 100
+    assert hits >= 0.98 * count

@@ -406,3 +406,20 @@ def test_half_precision_changes_no_parameter() -> None:
     assert half.infer_shape(data=(1, 3, 128, 128)) == full.infer_shape(data=(1, 3, 128, 128))
     casts = [node.attrs["dtype"] for node in half.nodes() if node.op == "Cast"]
     assert sorted(casts) == ["float16"] + ["float32"] * 10  # the input; both subnets of five levels before they predict
+
+
+def test_predictions_in_a_half_type() -> None:
+    """Without fp32_predict no convolution computes in float32; the test graph casts what is decoded."""
+    small = ("RpnParam.num_class=5", "NeckParam.dim_reduced=16", "NeckParam.num_stage=1", "BackboneParam.depth=18")
+    full, half = (
+        load(NASFPN, *small, "General.fp16=True", f"RpnParam.head.fp32_predict={fp32}").ModelParam
+        for fp32 in (True, False)
+    )
+    assert half.train_symbol.list_arguments() == full.train_symbol.list_arguments()
+    assert half.test_symbol.list_arguments() == full.test_symbol.list_arguments()
+    assert [node.attrs["dtype"] for node in half.train_symbol.nodes() if node.op == "Cast"] == ["float16"]
+    casts = [node for node in half.test_symbol.nodes() if node.op == "Cast" and node.attrs["dtype"] == "float32"]
+    predicted = [node.inputs[0][0].name for node in casts]
+    assert sorted(predicted) == sorted(f"{subnet}_pred_s{stride}" for subnet in ("cls", "bbox") for stride in STRIDES)
+    users = {child: node.op for node in half.test_symbol.nodes() for child, _ in node.inputs if child in casts}
+    assert sorted(users.values()) == ["Activation"] * 5 + ["_contrib_GenProposalRetina"] * 5

@@ -202,6 +202,30 @@ def test_half_precision_follows_float32(load: Run, compute_dtype: Any, dtype: st
     assert not torch.equal(values[dtype], values["float32"])
 
 
+@pytest.mark.parametrize("dtype, unit", [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_predictions_in_a_half_type_follow_those_in_float32(
+    load: Run, compute_dtype: Any, dtype: str, unit: float
+) -> None:
+    """All convolutions compute in the half type; losses, weights and gradients are float32, and the first loss differs
+    by the rounding of logits and deltas, whose errors average out; measured: 0.3 units."""
+    compute_dtype(dtype)
+    values = []
+    for fp32_predict in (True, False):
+        trainer, batches = make_trainer(load("General.fp16=True", f"RpnParam.head.fp32_predict={fp32_predict}"))
+        with _Types() as seen:
+            first = trainer.step(batches[:1], 0)
+        single = (torch.float32, torch.float32)
+        assert seen.conv.count(single) == (10 if fp32_predict else 0)
+        steps = [trainer.step([batch], i + 1) for i, batch in enumerate(batches[1:])]
+        values.append(torch.stack([record.values for record in (first, *steps)]))
+        assert {p.grad.dtype for p in trainer.module.parameters() if p.grad is not None} == {torch.float32}
+    single, half = values  # (steps, L + 1)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half[0, :-1], single[0, :-1], rtol=2 * unit, atol=0)
+    torch.testing.assert_close(half[1:, :-1], single[1:, :-1], rtol=0.03, atol=0)
+    assert not torch.equal(half, single)
+
+
 def test_a_step_that_overflows_changes_nothing_but_the_scale(load: Run, compute_dtype: Any) -> None:
     compute_dtype("float16")
     trainer, batches = make_trainer(load("General.fp16=True"))
