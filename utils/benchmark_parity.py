@@ -272,6 +272,7 @@ def compare(config: Path, steps: int = STEPS) -> Parity:
     trained = list(dict(module.named_parameters()))
     noise = biases_before_batch_norm(graph)
     singles = [train_torch(graph, new_module(graph), "float32", 1), train_mxnet(graph, first, "float32", 1)]
+    by_engine = [{name: single.gradients[name] for name in ours.gradients} for single in singles]
     weights = {name: state[name] for name in trained}
     statistics = {name: value for name, value in state.items() if name not in weights}
     moved, their_moved = ({name: side[name] - first[name] for name in trained} for side in (state, theirs.state))
@@ -283,7 +284,7 @@ def compare(config: Path, steps: int = STEPS) -> Parity:
         worst(weights, theirs.state, noise),
         worst(moved, their_moved, noise),
         *compare_test(test.test_symbol, {name: value.float() for name, value in module.state_dict().items()}),
-        *(worst(single.gradients, ours.gradients, noise) for single in singles),
+        *(worst(gradients, ours.gradients, noise) for gradients in by_engine),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import getitem
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from core.engine.device import move_module
 from core.engine.trainer import transform_batches
 from models.record import select
 from symbol.passes import in_precision
-from symbol.torch_backend import elementwise
+from symbol.torch_backend import elementwise, nn
+from symbol.torch_backend.batch_norm import move_statistics
 from utils.acceptance.context import Context, set_tf32
 from utils.acceptance.networks import NARROW, NASFPN_640, config_of, scene_batch
 
@@ -74,9 +76,16 @@ class _Walk(fx.Interpreter):
         super().__init__(module)
         self._device, self._wide = device, wide
         self._types: dict[fx.Node, torch.dtype] = {}
+        self._types_of_many: dict[Any, list[torch.dtype]] = {}  # of nodes with several outputs
         self.worst: dict[str, tuple[float, float, str]] = {}  # by operator: outputs, gradients, and where
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.target is move_statistics:
+            return None  # no output depends on the moving statistics
+        if n.target is getitem:
+            parent, index = n.args
+            self._types[n] = self._types_of_many[parent][index]  # type: ignore[index]
+            return super().run_node(n)
         if n.op == "call_function":
             return self._call(n)
         value = super().run_node(n)
@@ -85,7 +94,7 @@ class _Walk(fx.Interpreter):
             value = value.detach().to("cpu", self._wide).double()
         return value
 
-    def _call(self, n: fx.Node) -> Tensor:
+    def _call(self, n: fx.Node) -> Tensor | tuple[Tensor, ...]:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         sources = n.args  # positions of args; the graph has no nested ones
         pairs = list(zip(args, sources, strict=True))
@@ -94,12 +103,13 @@ class _Walk(fx.Interpreter):
         here = [value.clone() if isinstance(value, Tensor) else value for value in args]
         assert callable(n.target)
         out, leaves = _call(n.target, there, kwargs, trained)
-        of_cpu = _identity if n.target is elementwise.cast else n.target
-        wanted, wanted_leaves = _call(of_cpu, here, kwargs, trained)
-        self._types[n] = out.dtype
-        if n.target is not elementwise.cast:
-            self._compare(n, out, leaves, wanted, wanted_leaves)
-        return wanted.detach().to(out.dtype).double()
+        is_cast = n.target in (elementwise.cast, nn.cast_weight)
+        wanted, wanted_leaves = _call(_identity if is_cast else n.target, here, kwargs, trained)
+        if not is_cast:  # the first output: others are statistics of the data
+            self._compare(n, out[0], leaves, wanted[0], wanted_leaves)
+        self._types[n], self._types_of_many[n] = out[0].dtype, [one.dtype for one in out]
+        results = tuple(w.detach().to(one.dtype).double() for w, one in zip(wanted, out, strict=True))
+        return results if len(results) > 1 else results[0]
 
     def _on_device(self, value: Any, source: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -114,7 +124,9 @@ class _Walk(fx.Interpreter):
         if leaves and out.requires_grad:
             draw = torch.Generator().manual_seed(0)
             above = torch.randn(wanted.shape, generator=draw, dtype=torch.float64) if wanted.ndim else torch.ones(())
-            above = above.to(out.dtype).double()
+            # where rounding decides on which side of a ReLU a sum lies, its gradient is either's
+            same_side = (out.detach().cpu() == 0) == (wanted.detach() == 0)
+            above = above.to(out.dtype).double() * same_side
             found = torch.autograd.grad(out, leaves, above.to(out.device, out.dtype), allow_unused=True)
             expected = torch.autograd.grad(wanted, wanted_leaves, above, allow_unused=True)
             pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None]
@@ -145,10 +157,9 @@ def _is_trained(source: Any) -> bool:
 
 def _call(
     function: Callable[..., Any], values: list[Any], kwargs: dict[str, Any], trained: list[bool]
-) -> tuple[Tensor, list[Tensor]]:
-    """The function's output, and those of the values that it can be differentiated by."""
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The function's outputs, and those of the values that it can be differentiated by."""
     values = [v.requires_grad_() if t and v.is_floating_point() else v for v, t in zip(values, trained, strict=True)]
     leaves = [value for value, t in zip(values, trained, strict=True) if t]
     out = function(*values, **kwargs)
-    assert isinstance(out, Tensor), f"{function} has several outputs"
-    return out, leaves
+    return (out,) if isinstance(out, Tensor) else tuple(out), leaves
