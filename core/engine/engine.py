@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import symbol as S
 from core.distributed.launch import torchrun
 from core.distributed.process_group import ProcessGroup, launched_size
 from core.engine.device import available_gpus, require_gpus, select_device
@@ -19,7 +18,7 @@ from core.engine.out_of_memory import explain_out_of_memory
 from core.engine.precision import configure_arithmetic, precision
 from core.engine.trainer import Trainer, build_trainer
 from core.weights.checkpoint import Checkpoint, require_fit
-from core.weights.first_weights import shapes_of
+from symbol import Symbol
 from symbol.passes import in_precision
 from symbol.torch_backend import lower_for_inference
 
@@ -71,6 +70,13 @@ class TorchEngine:
     ) -> tuple[Callable[..., Sequence[Tensor]], list[str]]:
         compute_dtype, _ = precision(config.General, device)
         graph = in_precision(config.ModelParam.test_symbol, compute_dtype)
-        require_fit(shapes_of(S.lower(graph)), weights, source)
+        require_fit(_shapes(graph, config), weights, source)
         configure_arithmetic(config.General, compute_dtype, device)
         return lower_for_inference(graph, weights, device), []
+
+
+def _shapes(graph: Symbol, config: Config) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a test graph's parameters and auxiliary states, without making any."""
+    arguments, _, states = graph.infer_shape(data=(1, 3, config.ResizeParam.short, config.ResizeParam.long))
+    names, inputs = [*graph.list_arguments(), *graph.list_auxiliary_states()], set(graph.list_inputs())
+    return {name: shape for name, shape in zip(names, [*arguments, *states], strict=True) if name not in inputs}

@@ -31,7 +31,7 @@ from core.weights.checkpoint import Checkpoint, read_tensors
 from core.weights.first_weights import first_weights, shapes_of
 from models.record import Batch, select
 from symbol.memory import Plan
-from symbol.passes import in_precision, prepare, without_gradient
+from symbol.passes import fuse_batch_norm, in_precision, without_gradient
 
 if TYPE_CHECKING:
     from config.schema import Config
@@ -198,7 +198,7 @@ def build_trainer(
     configure_arithmetic(config.General, compute_dtype, device)
     move_module(module, device).train()
     trained = {name: p for name, p in module.named_parameters() if is_trained(config, name)}
-    no_gradient = without_gradient(prepare(computed)[1])
+    no_gradient = without_gradient(fuse_batch_norm(computed))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trained and name not in no_gradient)
     optimizer = SGD(

@@ -203,8 +203,8 @@ ROWS = (
         {**_BATCH_NORM_ATTRS, "ndev": Attr("int", 1), "key": Attr("string")},
         **_BATCH_NORM,
     ),
-    # `passes.fuse_batch_norm` puts it in: relu(batch_norm(data) + residual), where each part but the middle one may be
-    # missing. `bias` was that of the convolution before: it moves the moving mean, and nothing else.
+    # `passes.fuse_batch_norm` puts it in: relu(batch_norm(data) + residual), with or without the ReLU and the residual.
+    # `bias` was that of the convolution before: it moves the moving mean, and nothing else.
     Op(
         "_batch_norm",
         ("data", "gamma", "beta", "bias", "residual", "moving_mean", "moving_var"),

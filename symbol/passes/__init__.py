@@ -4,10 +4,10 @@ A pass never computes tensors, and keeps values, gradients and parameter names e
 `fold_batch_norm` returns new weights with its graph.
 """
 
-from symbol.passes.batch_norm import fold_batch_norm
 from symbol.passes.bbox_norm import hoist_bbox_norm
 from symbol.passes.fusion import fuse_losses
 from symbol.passes.inference import fuse_inference
+from symbol.passes.norm_folding import fold_batch_norm
 from symbol.passes.norm_fusion import fuse_batch_norm, without_gradient
 from symbol.passes.pipeline import prepare
 from symbol.passes.precision import in_precision

@@ -78,17 +78,16 @@ class PackedConvolution(nn.Module):
         weight = self._packed[data.shape]
         data = data.contiguous(memory_format=torch.channels_last)
         out: Tensor
-        fused = addend is None or addend.shape[2:] != (1, 1)  # torch 2.11 fails to add to a map of one pixel
-        if addend is None or not fused:
-            unary: tuple[Any, ...] = ("relu" if self.relu and fused else "none", [], "")
-            out = ops._convolution_pointwise(data, weight, self.bias, *self.geometry, *unary)
-            if addend is not None:
-                out = out.add_(addend)
-                out = out.relu_() if self.relu else out
-        else:
+        if addend is not None and addend.shape[2:] != (1, 1):
             addend = addend.contiguous(memory_format=torch.channels_last)
             binary: tuple[Any, ...] = ("add", 1.0, "relu" if self.relu else None, [], "")
             out = ops._convolution_pointwise.binary(data, addend, weight, self.bias, *self.geometry, *binary)
+            return out
+        unary: tuple[Any, ...] = ("relu" if self.relu and addend is None else "none", [], "")
+        out = ops._convolution_pointwise(data, weight, self.bias, *self.geometry, *unary)
+        if addend is not None:  # a map of one pixel: torch 2.11 fails to add to it inside the convolution
+            out = out.add_(addend)
+            out = out.relu_() if self.relu else out
         return out
 
 

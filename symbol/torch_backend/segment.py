@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 class Segment(nn.Module):
     """Wrap torch's checkpoint, which alone would update moving statistics twice and repeat collectives.
 
-    Layers inside call `once`. The segment has no parameters of its own: `body` is called with the
-    training flag, the activations that cross into the segment, and the parameters and moving statistics of its layers.
+    Layers inside call `once`. The segment has no parameters of its own: `body` is called with the training flag, the
+    activations that cross into the segment, and the parameters and moving statistics of its layers.
     """
 
     def __init__(self, body: fx.GraphModule) -> None:

@@ -1,4 +1,4 @@
-"""Fusing convolutions, sums and ReLUs of a test graph. Values: see test_batch_norm's random graphs."""
+"""Fusing convolutions, sums and ReLUs of a test graph. Values: see test_norm_folding's random graphs."""
 
 import pytest
 
