@@ -49,8 +49,8 @@ def batch_norm(
     A recomputation reuses the statistics of the first pass. Source: Ioffe and Szegedy 2015.
     """
     *optional, moving_mean, moving_var, training = rest
-    bias = None if no_bias else optional.pop(0)
-    residual = None if no_residual else optional.pop()
+    bias = None if no_bias else optional[0]
+    residual = None if no_residual else optional[-1]
     if residual is not None:
         require_one_shape(data, residual)
     if fix_gamma:
