@@ -19,16 +19,17 @@ def cast_weights(symbol: Symbol) -> Symbol:
     casts: dict[tuple[Entry, str], Node] = {}
 
     def replace(node: Node, inputs: tuple[Entry, ...]) -> Node:
+        row, full = find_op(node.op), node.full_attrs()
+        names = row.input_names(full)
+        kind = row.dtype(full, [dtype.get(child, "float32") for child, _ in inputs])
+        if "weight" in names and kind in ("float16", "bfloat16"):
+            position = names.index("weight")
+            weight = inputs[position]
+            attrs = MappingProxyType({"dtype": kind})
+            cast = casts.setdefault((weight, kind), Node("_cast_weight", f"{weight[0].name}_{kind}", (weight,), attrs))
+            inputs = (*inputs[:position], (cast, 0), *inputs[position + 1 :])
         kept = with_inputs(node, inputs)
-        if node.op == "Convolution" and dtype.get(inputs[0][0], "float32") in ("float16", "bfloat16"):
-            data, weight, *bias = inputs
-            kind = dtype[data[0]]
-            cast = casts.setdefault(
-                (weight, kind),
-                Node("_cast_weight", f"{weight[0].name}_{kind}", (weight,), MappingProxyType({"dtype": kind})),
-            )
-            kept = with_inputs(node, (data, (cast, 0), *bias))
-        dtype[kept] = find_op(node.op).dtype(kept.full_attrs(), [dtype.get(child, "float32") for child, _ in inputs])
+        dtype[kept] = kind
         return kept
 
     return rewrite(symbol, replace)

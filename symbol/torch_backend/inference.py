@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from symbol.graph import Symbol
-from symbol.node import Node
-from symbol.ops import find_op
 from symbol.passes import fold_batch_norm, fuse_inference
 from symbol.torch_backend.elementwise import add_n, require_one_shape
 from symbol.torch_backend.lowering import lower
@@ -40,6 +38,9 @@ def convolution_add(
 @lowers("_add_relu")
 def add_relu(*terms: Tensor, **_: Any) -> Tensor:
     return add_n(*terms).relu_() if len(terms) > 1 else terms[0].relu()
+
+
+_CONVOLUTIONS = (convolution, convolution_relu, convolution_add)
 
 
 class PackedConvolution(nn.Module):
@@ -104,44 +105,55 @@ def lower_for_inference(symbol: Symbol, weights: Mapping[str, Tensor], device: t
     module = lower(fused)
     module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     module.requires_grad_(False).to(device).eval()
-    _cast_weights(module, fused)
+    _cast_once(module)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
         _pack_weights(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if name not in used:
+            delattr(module, name)
+        elif parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return module
 
 
-def _cast_weights(module: fx.GraphModule, symbol: Symbol) -> None:
-    """Cast the weights of convolutions, once and not at each call, where all users compute in the same dtype."""
-    dtype: dict[Node, str] = {}
-    used: dict[str, set[str]] = {}
-    for node in symbol.nodes():
-        if node.is_variable:
-            dtype[node] = "float32"
-            continue
-        dtype[node] = find_op(node.op).dtype(node.full_attrs(), [dtype[child] for child, _ in node.inputs])
-        if node.op in ("Convolution", "_convolution_relu", "_convolution_add"):
-            names = find_op(node.op).input_names(node.full_attrs())
-            for (child, _), name in zip(node.inputs, names, strict=True):
-                if name in ("weight", "bias"):
-                    used.setdefault(child.name, set()).add(dtype[node])
-    for call in module.graph.find_nodes(op="call_function", target=cast_weight):
-        call.replace_all_uses_with(call.args[0])
-        module.graph.erase_node(call)
-    module.recompile()
-    for name, dtypes in used.items():
-        parameter = module.get_parameter(name)
-        if len(dtypes) == 1:
-            parameter.data = parameter.data.to(getattr(torch, *dtypes))
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+def _cast_once(module: fx.GraphModule) -> None:
+    """Replace casts of weights, and those of biases inside convolutions, by parameters of the dtype."""
+
+    def cast(get: fx.Node, dtype: torch.dtype, user: fx.Node) -> fx.Node:
+        parameter = module.get_parameter(str(get.target))
+        if parameter.dtype == dtype:
+            return get
+        name = f"{get.target}-{str(dtype).removeprefix('torch.')}"  # a dash: no variable has such a name
+        if not hasattr(module, name):
+            module.register_parameter(name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+        with module.graph.inserting_before(user):
+            return module.graph.get_attr(name)
+
+    for node in list(module.graph.nodes):
+        if node.target is cast_weight:
+            node.replace_all_uses_with(cast(node.args[0], getattr(torch, node.kwargs["dtype"]), node))
+            module.graph.erase_node(node)
+        elif node.target in _CONVOLUTIONS:
+            data, (weight, *bias) = _split(node)
+            dtype = module.get_parameter(str(weight.target)).dtype
+            node.args = (*data, weight, *(cast(one, dtype, node) for one in bias))
+
+
+def _split(node: fx.Node) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """Return the arguments of a convolution that are activations, and its parameters."""
+    number = 2 if node.target is convolution_add else 1
+    return node.args[:number], node.args[number:]
 
 
 def _pack_weights(module: fx.GraphModule) -> None:
     """Replace convolutions by `PackedConvolution`, where oneDNN has the dtype of their weights."""
-    found = [node for node in module.graph.nodes if node.target in (convolution, convolution_relu, convolution_add)]
+    found = [node for node in module.graph.nodes if node.target in _CONVOLUTIONS]
     for number, node in enumerate(found):
-        inputs = node.args[: 2 if node.target is convolution_add else 1]
-        weight, *bias = (module.get_parameter(arg.target) for arg in node.args[len(inputs) :])
+        inputs, parameters = _split(node)
+        weight, *bias = (module.get_parameter(arg.target) for arg in parameters)
         if node.kwargs["num_group"] != 1 or not _has_kernels(weight.dtype):
             continue
         geometry = {key: node.kwargs[key] for key in ("stride", "pad", "dilate")}
@@ -151,12 +163,6 @@ def _pack_weights(module: fx.GraphModule) -> None:
         with module.graph.inserting_before(node):
             node.replace_all_uses_with(module.graph.call_module(name, inputs))
         module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-    for name, _ in list(module.named_parameters(recurse=False)):
-        if name not in used:
-            delattr(module, name)
 
 
 def _has_kernels(dtype: torch.dtype) -> bool:
