@@ -24,6 +24,13 @@ def check(config: Config) -> None:
     _check_schedule(config)
 
 
+def check_described(config: Config) -> None:
+    """Raise ValueError for the first invalid field of a config for testing that was restored from a checkpoint."""
+    _check_bounds(config)
+    _check_network(config)
+    _check_input(config)
+
+
 def _check_required(config: Config) -> None:
     for key, section, entry in leaves(config):
         if "required" in entry.metadata and not hasattr(section, entry.name):

@@ -102,6 +102,14 @@ class TrainLog:
         self._step, self._waited, self._since = step, 0.0, now
 
 
+def append_event(folder: Path, name: str, **values: Any) -> None:
+    """Append a record to the log of the run in `folder`; does nothing if no run has a log there."""
+    path = folder / LOG_LINES
+    if path.is_file():
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"event": name, **values}) + "\n")
+
+
 class NoLog:
     """A log that writes nothing, for all but the main process."""
 

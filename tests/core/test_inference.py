@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from config.load import load_config
 from config.schema import Config
 from core.distributed.process_group import ProcessGroup
-from core.inference import detect
-from core.inference import test as run_test
+from core.inference import TestResult, detect
+from core.inference import test as run_inference
+from core.trained import find_trained
 from core.weights.checkpoint import Progress, epoch_stem, save_checkpoint
 from core.weights.params_file import write_params
 from operator_cxx.reference.box import inclusive_area, inclusive_iou
@@ -58,6 +59,12 @@ def save_untrained(config: Config, names: tuple[str, ...] = CLASSES, epoch: int 
     folder = Path(config.TestParam.model.prefix).parent
     folder.mkdir(exist_ok=True)
     return save_checkpoint(folder, epoch_stem(epoch), module.state_dict(), {}, progress).weights
+
+
+def run_test(
+    config: Config, checkpoint: Path | None, epoch: int | None, num_draw: int, **options: Any
+) -> list[TestResult]:
+    return run_inference(find_trained(checkpoint, config, epoch=epoch), num_draw, **options)
 
 
 def test_result_and_ap_are_those_of_pycocotools(
