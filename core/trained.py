@@ -12,15 +12,15 @@ from torch import Tensor
 
 from config.description import Description, differences, restore
 from config.section import fill
+from core.report.train_log import best_scores
 from core.run.experiment import experiment_folder
-from core.weights.checkpoint import find_weights, read_description, refuse_state
+from core.weights.checkpoint import Progress, find_weights, read_description, read_metadata, refuse_state
 from core.weights.first_weights import load_given_weights
 from core.weights.params_file import SUFFIX
 from core.weights.simpledet_weights import from_simpledet
 
 if TYPE_CHECKING:
     from config.schema import Config
-    from core.weights.checkpoint import Progress
 
 
 @dataclass
@@ -51,6 +51,27 @@ class Trained:
         if self.description is not None:
             return self.description.category_ids
         return tuple(range(1, len(self.class_names) + 1))
+
+    def provenance(self) -> dict[str, str]:
+        """Return where the detector comes from, as names and texts: for reports, model cards and exported files."""
+        facts = {"checkpoint": self.path.name}
+        if self.path.suffix != SUFFIX:
+            progress = Progress.from_metadata(read_metadata(self.path), self.path)
+            facts["trained for"] = f"{progress.epochs:g} epochs, {progress.step} steps, seed {progress.seed}"
+        if self.description is not None:
+            facts["config"] = self.description.config
+            for one in self.description.train_sets:
+                shown = f"{one.images} images, {one.boxes} boxes, annotations with SHA-256 {one.sha256}"
+                facts[f"trained on {one.name}"] = shown
+            facts["versions"] = ", ".join(f"{name} {version}" for name, version in self.description.versions.items())
+        resize = self.config.ResizeParam
+        facts["input"] = f"{resize.short} x {resize.long} pixels, mean {self.config.NormParam.mean}, std "
+        facts["input"] += str(self.config.NormParam.std)
+        facts["classes"] = f"{len(self.class_names)}: {', '.join(self.class_names)}"
+        best = best_scores(self.path.parent)
+        if best is not None:
+            facts["best AP while training"] = f"{best['AP']:.3f} after epoch {best['epoch']}"
+        return facts
 
     def weights(self) -> tuple[dict[str, Tensor], Progress, list[str]]:
         """Return parameters and auxiliary states by name, the progress of their run, and lines to print.
