@@ -19,14 +19,13 @@ from config.NASFPN.recipe import retina_transform
 from config.overrides import apply_overrides
 from config.schema import Config, Transform
 from config.section import fill, leaves
-from core.detection_input import Resize2DImageBbox
-from models.NASFPN.input import ResizeCrop2DImageBbox
+from config.simpledet.transforms import RESIZES
 from symbol import load_json
 
 if TYPE_CHECKING:
     from core.data.coco_index import CocoIndex
 
-RESIZES = {one.__name__: one for one in (ResizeCrop2DImageBbox, Resize2DImageBbox)}  # of test inputs
+TEST_RESIZES = {test.__name__: test for _, test in RESIZES.values()}  # by name
 
 # fields and sections that change what a trained detector finds; the rest of a config is about training and the machine
 _GRAPH = (
@@ -62,7 +61,7 @@ class Description:
 
     graph: str  # the test graph in MXNet's JSON
     settings: tuple[str, ...]  # `Section.field=value`, valid overrides
-    resize: str  # transform of the test input, a key of RESIZES, or the name of a user's class
+    resize: str  # transform of the test input, a key of TEST_RESIZES, or the name of a user's class
     fit: tuple[int, ...]  # short and long side that it fits images into, before padding to ResizeParam
     class_names: tuple[str, ...]  # of the classes 1..K
     category_ids: tuple[int, ...]  # theirs in the data set's json
@@ -179,7 +178,7 @@ def restore(description: Description, overrides: Sequence[str] = ()) -> Config:
 
 def _test_transform(description: Description, trained: tuple[int, int]) -> Callable[[Config, bool], Transform]:
     """Return the get_transform of a described detector, for testing alone. trained: its input's short and long side."""
-    if description.resize not in RESIZES:
+    if description.resize not in TEST_RESIZES:
         raise ValueError(
             f"the detector's images are resized by {description.resize}, a class of its config's: give the config "
             "file with --config"
@@ -188,7 +187,7 @@ def _test_transform(description: Description, trained: tuple[int, int]) -> Calla
     def test_transform(config: Config, is_train: bool) -> Transform:
         transform = retina_transform(config, is_train=False)
         fit = description.fit if description.fit != trained else (config.ResizeParam.short, config.ResizeParam.long)
-        transform.sample[1] = RESIZES[description.resize](replace(config.ResizeParam, short=fit[0], long=fit[1]))
+        transform.sample[1] = TEST_RESIZES[description.resize](replace(config.ResizeParam, short=fit[0], long=fit[1]))
         return transform
 
     return test_transform
