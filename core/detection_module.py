@@ -18,7 +18,6 @@ from core.engine.precision import Precision
 from core.engines import choose_engine
 from core.inference import test_image_set
 from core.protocol import Engine, EngineName, StepRecord, Trainer
-from core.report.evaluation import STAT_NAMES
 from core.report.step_numbers import log_steps
 from core.report.train_log import NoLog, TrainLog
 from core.run.experiment import experiment_folder, find_start, lock_experiment, store_config, store_graph, versions
@@ -251,7 +250,8 @@ def _evaluate(trainer: Trainer, step: int, iter_per_epoch: int, guard: Guard, en
     group, device, epoch = trainer.group, trainer.device, step // iter_per_epoch
     with guard.phase(f"evaluating after epoch {epoch}", at=f"the evaluation after epoch {epoch}", is_test=True):
         detector, _ = engine.build_detector(config, trainer.weights(), device, "training")
-        tested = test_image_set(config, detector, image_set, experiment_folder(config), device, group)
+        name = f"{epoch_stem(epoch)}.safetensors"
+        tested = test_image_set(config, detector, image_set, experiment_folder(config), device, group, checkpoint=name)
     log.restart_clock()
     if tested is None:  # only the main process has a result
         return
@@ -259,6 +259,9 @@ def _evaluate(trainer: Trainer, step: int, iter_per_epoch: int, guard: Guard, en
         log.event("tested", step=step, epoch=epoch)
         log.info(f"wrote {tested.result}; {tested.not_evaluated}")
         return
-    stats = dict(zip(STAT_NAMES, tested.evaluation.stats, strict=True))
-    log.event("eval", step=step, epoch=epoch, **stats)
-    log.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in stats.items()))
+    scores = tested.evaluation.scores
+    log.event("eval", step=step, epoch=epoch, **scores)
+    log.info(
+        f"epoch {epoch}: "
+        + ", ".join(f"{name} {f'{value:.3f}' if value >= 0 else '-'}" for name, value in scores.items())
+    )

@@ -28,7 +28,7 @@ from core.engine.out_of_memory import explain_out_of_memory
 from core.engines import choose_engine
 from core.protocol import EngineName
 from core.report.draw import draw_detections
-from core.report.evaluation import STAT_NAMES, Evaluation, can_evaluate, detections_to_coco, evaluate, write_result
+from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result, write_scores
 from core.report.progress import progress as show_progress
 from core.report.train_log import append_event
 from core.trained import Trained
@@ -64,14 +64,14 @@ class TestResult:
 
     index: CocoIndex  # of the images that were tested
     result: Path  # COCO's result format
-    evaluation: Evaluation | None  # None: no annotations, or pycocotools is not installed
+    evaluation: Evaluation | None  # None: no annotations, or neither hotcoco nor pycocotools is installed
     detections: list[Detections]
 
     @property
     def not_evaluated(self) -> str:
         """Reason why `evaluation` is None, for the log."""
         if self.index.has_annotation and not can_evaluate():
-            return f"{self.index.image_set.name} is not evaluated: pip install pycocotools, and test again"
+            return f"{self.index.image_set.name} is not evaluated: pip install hotcoco, and test again"
         return f"{self.index.image_set.name} has no annotations: nothing to evaluate"
 
 
@@ -142,9 +142,12 @@ def test_image_set(
     folder: Path,
     device: torch.device,
     group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    checkpoint: str,
     flip: bool = False,
 ) -> TestResult | None:
-    """Detect in every image, write the result file into `folder`, and evaluate if there are annotations.
+    """Detect in every image and write `<image_set>_result.json` into `folder`; if there are annotations, evaluate and
+    write `<image_set>_scores.json`, which names the `checkpoint`.
 
     Each rank detects in its share of the images; the main process gathers, writes and evaluates the detections, which
     equal those of a single process. The other ranks return None.
@@ -162,8 +165,11 @@ def test_image_set(
     path = folder / result_name(index, str(config.General.name))
     write_result(path, coco_entries(detections, index.category_ids))
     annotation = config.TestParam.coco.annotation or index.image_set.annotation
-    evaluated = can_evaluate() and (config.TestParam.coco.annotation is not None or index.has_annotation)
-    return TestResult(index, path, evaluate(annotation, path) if evaluated else None, detections)
+    evaluation = None
+    if can_evaluate() and (config.TestParam.coco.annotation is not None or index.has_annotation):
+        evaluation = evaluate(annotation, path, config.TestParam.max_det_per_image)
+        write_scores(folder / f"{index.image_set.name}_scores.json", evaluation, index.image_set.name, checkpoint)
+    return TestResult(index, path, evaluation, detections)
 
 
 def gather_detections(loader: TestLoader, own: Sequence[Detections], device: torch.device) -> list[Detections]:
@@ -244,7 +250,7 @@ def test(
     results = []
     for image_set in config.DatasetParam.image_set:
         with explain_out_of_memory(config, device, "the test", is_test=True):
-            tested = test_image_set(config, network, image_set, folder, device, group, flip)
+            tested = test_image_set(config, network, image_set, folder, device, group, checkpoint=path.name, flip=flip)
         if tested is None:
             continue
         print(f"wrote {tested.result}")
@@ -289,7 +295,7 @@ def _log_scores(trained: Trained, progress: Progress, tested: TestResult, flip: 
         checkpoint=trained.path.name,
         image_set=tested.index.image_set.name,
         flip=flip,
-        **dict(zip(STAT_NAMES, tested.evaluation.stats, strict=True)),
+        **tested.evaluation.scores,
     )
 
 
