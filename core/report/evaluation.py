@@ -136,7 +136,8 @@ def evaluate(
 
 
 def score(truth: Truth, found: FoundBoxes, max_det: int) -> Evaluation:
-    """Score detections against annotations, counting the best `max_det` of each class of an image."""
+    """Score detections against annotations, counting the best `max_det` of each class of an image, more than 10."""
+    assert max_det > 10  # AR10 is the second of three increasing numbers
     accumulate = accumulate_hotcoco if _is_installed("hotcoco") else accumulate_pycocotools
     precision, recall = accumulate(truth, found, (1, 10, max_det))  # (T, R, K, A, 3), (T, K, A, 3)
     areas = range(4)  # all, small, medium, large
