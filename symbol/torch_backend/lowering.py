@@ -124,7 +124,8 @@ def _moved(node: Node, values: dict[Entry, fx.Node]) -> tuple[fx.Node | float | 
     """Return what `move_statistics` takes of a layer."""
     attrs = node.full_attrs()
     bias = None if attrs["no_bias"] else values[node.inputs[3]]
-    return (*(values[entry] for entry in [*node.inputs[-2:], (node, 1), (node, 2)]), bias, attrs["momentum"])
+    tensors = [values[entry] for entry in [*node.inputs[-2:], (node, 1), (node, 2)]]
+    return (*tensors, bias, *(attrs[key] for key in ("momentum", "eps", "sync")))
 
 
 @dataclass(frozen=True)
