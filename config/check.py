@@ -106,7 +106,7 @@ def _check_compile(config: Config) -> None:
             "General.compile and ModelParam.memonger are both set: the compiler decides itself what to recompute; "
             "write ModelParam.memonger=False, or General.compile=False"
         )
-    if config.NormalizeParam.type == "syncbn" and kvstore.machines * (len(kvstore.gpus) or kvstore.processes) > 1:
+    if config.NormalizeParam.type == "syncbn" and kvstore.machines * kvstore.devices_per_machine > 1:
         raise ValueError(
             "General.compile is set with NormalizeParam.type=syncbn on several devices: the compiler does not take "
             "communication inside the network; write NormalizeParam.type=localbn, or General.compile=False"

@@ -50,7 +50,7 @@ def _derive_names(config: Config, stem: str) -> None:
 
 def _derive_devices_and_precision(config: Config) -> None:
     kvstore = config.KvstoreParam
-    fill(kvstore, "num_device", kvstore.machines * (len(kvstore.gpus) or kvstore.processes))
+    fill(kvstore, "num_device", kvstore.machines * kvstore.devices_per_machine)
     fill(kvstore, "batch_image", config.General.batch_image)
     for section in (config.KvstoreParam, config.BackboneParam, config.NeckParam, config.RpnParam):
         fill(section, "fp16", config.General.fp16 or config.General.bf16)

@@ -57,6 +57,10 @@ class KvstoreParam(Section):
     batch_image: int = derived("General.batch_image")
     fp16: bool = derived("General.fp16 and bf16")
 
+    @property
+    def devices_per_machine(self) -> int:
+        return len(self.gpus) or self.processes
+
 
 @dataclass(kw_only=True, slots=True)
 class NormalizeParam(Section):
