@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from core.report.coco_files import FoundBoxes, Truth
+from core.report.detector_report.bootstrap import RESAMPLED, Resampler, draw_weights, interval
 from core.report.evaluation import Evaluation, hotcoco_datasets, score
 
 NUM_RESAMPLE = 300  # of the bootstrap
@@ -146,19 +147,23 @@ class Analysis:
         return self._evaluator.calibration(n_bins=10)
 
     @cached_property
+    def resampler(self) -> Resampler:
+        """AP of resampled images."""
+        right, wrong = np.zeros((2, 10, len(self.found)), dtype=bool)
+        for t, threshold in enumerate(self._evaluator.params.iou_thrs):
+            status = self._evaluator.image_diagnostics(iou_thr=threshold)["dt_status"]
+            for values, name in ((right, "tp"), (wrong, "fp")):
+                values[t, [number - 1 for number, value in status.items() if value == name]] = True
+        return Resampler(self.truth, self.found, right, wrong)
+
+    @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals of AP, AP50, AP75, APs, APm and APl: the bootstrap over images, with a fixed seed.
-
-        hotcoco resamples differences of two evaluations: here the one of this result and one without detections, which
-        scores 0 on any images.
-        """
-        import hotcoco
-
-        nothing = _evaluator(self.truth, _take(self.found, np.zeros(0, dtype=np.int64)), self.max_det)
-        both = hotcoco.compare(nothing, self._evaluator, n_bootstrap=NUM_RESAMPLE, seed=0)
-        scores = self.evaluation.scores
-        names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-        return {n: (both["ci"][n]["lower"], both["ci"][n]["upper"]) for n in names if scores[n] >= 0}
+        """95 % bootstrap intervals of AP, AP50 and AP75 over images, with a fixed seed."""
+        if self.evaluation.AP < 0:
+            return {}
+        drawn = draw_weights(self.resampler.num_image, NUM_RESAMPLE)
+        values = np.array([self.resampler.scores(weights) for weights in drawn])  # (resamples, 3)
+        return {name: interval(column) for name, column in zip(RESAMPLED, values.T, strict=True)}
 
     @cached_property
     def by_object_size(self) -> list[tuple[str, int, float, float]]:

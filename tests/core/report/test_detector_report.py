@@ -152,7 +152,7 @@ def test_sizes_and_intervals(analysis: Analysis) -> None:
     (objects,) = analysis.by_object_size
     assert objects == ("32 to 64", 4, pytest.approx(AP), pytest.approx(AP50))
     assert analysis.by_image_size == [("200", 4, pytest.approx(AP), pytest.approx(AP50))]
-    assert analysis.intervals.keys() == {"AP", "AP50", "AP75", "APm"}
+    assert analysis.intervals.keys() == {"AP", "AP50", "AP75"}
     low, high = analysis.intervals["AP"]
     assert 0 <= low < AP < high <= 1
 
