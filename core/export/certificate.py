@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -98,59 +98,65 @@ def _allowed(value: float | None) -> str:
     return "" if value is None else f" (allowed: {value:g})"
 
 
+@dataclass(frozen=True)
+class Found:
+    """Detections of a detector on some images, and its time."""
+
+    detector: str  # in words
+    detections: list[Detections]  # per image
+    ms: float  # per image
+
+
+def detect_all(run: Run, batches: Sequence[Batch], detector: str) -> Found:
+    """Run a detector on the batches. It is run on the first of them once more before, to be warm when it is timed."""
+    found: list[Detections] = []
+    seconds = 0.0
+    for batch in batches:
+        if not found:
+            run(batch)
+        start = time.perf_counter()
+        detections = run(batch)
+        seconds += time.perf_counter() - start
+        found.extend(detections)
+    return Found(detector, found, 1000 * seconds / max(1, len(found)))
+
+
 def certify(
-    exported: Run,
-    reference: Run,
-    batches: Iterable[Batch],
+    exported: Found,
+    reference: Found,
     *,
-    subject: str,
-    against: str,
     images: str,
     score: Score | None = None,
     tolerance: Tolerance = Tolerance(),
 ) -> Certificate:
-    """Run both detectors on the batches of one image each and compare what they find.
+    """Compare what two detectors find in the same images.
 
-    The first image is run once more before, so that the times are those of a detector at work.
-
-    score: returns the AP of detections of these images; None: it cannot be computed. Raises ValueError if there is no
-    image.
+    images: their origin, in words. score: returns the AP of detections of these images; None: it cannot be computed.
+    Raises ValueError if there is no image.
     """
-    found: tuple[list[Detections], list[Detections]] = [], []
-    seconds = [0.0, 0.0]
-    num_image = 0
-    for batch in batches:
-        for number, run in enumerate((exported, reference)):
-            if num_image == 0:
-                run(batch)
-            start = time.perf_counter()
-            detections = run(batch)
-            seconds[number] += time.perf_counter() - start
-            found[number].extend(detections)
-        num_image += 1
-    if num_image == 0:
+    if not reference.detections:
         raise ValueError(f"{images}: no image to compare the detectors on; name a folder of images with --images")
     matched, box, difference = 0, 0.0, 0.0
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(exported.detections, reference.detections, strict=True):
         pairs = match(a, b)
         matched += len(pairs)
         rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
         box = max(box, float(np.abs(a.bbox[rows] - b.bbox[columns]).max(initial=0)))
         difference = max(difference, float(np.abs(a.score[rows] - b.score[columns]).max(initial=0)))
     return Certificate(
-        subject=subject,
-        reference=against,
+        subject=exported.detector,
+        reference=reference.detector,
         images=images,
-        num_image=num_image,
-        num_exported=sum(len(one.score) for one in found[0]),
-        num_reference=sum(len(one.score) for one in found[1]),
+        num_image=len(reference.detections),
+        num_exported=sum(len(one.score) for one in exported.detections),
+        num_reference=sum(len(one.score) for one in reference.detections),
         num_matched=matched,
         box_difference=box,
         score_difference=difference,
-        ap_exported=score(found[0]) if score else None,
-        ap_reference=score(found[1]) if score else None,
-        ms_exported=1000 * seconds[0] / num_image,
-        ms_reference=1000 * seconds[1] / num_image,
+        ap_exported=score(exported.detections) if score else None,
+        ap_reference=score(reference.detections) if score else None,
+        ms_exported=exported.ms,
+        ms_reference=reference.ms,
         tolerance=tolerance,
     )
 

@@ -71,7 +71,7 @@ def detector_model(
     else:
         cls_score, bbox = emit(writer, graph, weights, inputs)
         writer.scope = "nms"
-        _suppress(writer, config, cls_score, bbox, im_info)
+        write_nms(writer, config, cls_score, bbox, im_info)
     return writer.model(str(config.General.name), _metadata(config, class_names, (H, W), raw))
 
 
@@ -108,7 +108,7 @@ def _normalized(writer: Writer, config: Config, image: Value, im_info: Value) ->
     return Value(writer.op("Transpose", pixel, perm=(0, 3, 1, 2)), (-1, 3, H, W))
 
 
-def _suppress(writer: Writer, config: Config, cls_score: Value, bbox: Value, im_info: Value) -> None:
+def write_nms(writer: Writer, config: Config, cls_score: Value, bbox: Value, im_info: Value) -> None:
     """Write NMS per class and the outputs, from scores (N, M, C + 1), one class per row above 0, and boxes (N, M, 4).
 
     The same result as `core.inference.apply_nms`: boxes with inclusive corners have the areas and the IoU of the

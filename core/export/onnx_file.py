@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from core.export.certificate import Certificate, certify
+from core.export.certificate import Certificate, certify, detect_all
 from core.export.images import Images
 from core.run.atomic_file import atomic_file
 
@@ -70,13 +70,11 @@ def certify_onnx(
 
     from core.export.runners import onnx_run, torch_run
 
-    threads = torch.get_num_threads()
+    place = f"CPU, {torch.get_num_threads()} threads"
+    subject = f"ONNX, {len(content) / 1e6:.1f} MB, in onnxruntime {onnxruntime.__version__}, {place}"
     return certify(
-        onnx_run(config, content),
-        torch_run(config, weights, source),
-        images.batches,
-        subject=f"ONNX, {len(content) / 1e6:.1f} MB, in onnxruntime {onnxruntime.__version__}, CPU, {threads} threads",
-        against=f"torch {torch.__version__}, float32, CPU, {threads} threads",
+        detect_all(onnx_run(config, content), images.batches, subject),
+        detect_all(torch_run(config, weights, source), images.batches, f"torch {torch.__version__}, float32, {place}"),
         images=images.name,
         score=images.score,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import io
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,23 +40,47 @@ def torch_run(config: Config, weights: Mapping[str, Tensor], source: str | Path)
 
 
 def onnx_run(config: Config, content: bytes) -> Run:
-    """Return an ONNX file of `detector_graph` in onnxruntime on the CPU, with torch's number of threads.
-
-    Maps of a raw file are decoded by torch.
-    """
+    """Return an ONNX file of `detector_graph` in onnxruntime on the CPU, with torch's number of threads."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    inputs = {entry.name for entry in session.get_inputs()}
-    decode = None if "boxes" in names else _decoder(config)
+    inputs, outputs = ([one.name for one in some] for some in (session.get_inputs(), session.get_outputs()))
+    return _run(config, inputs, outputs, lambda fed: session.run(None, fed))
+
+
+def openvino_run(config: Config, content: bytes) -> Run:
+    """Return an ONNX file of `detector_graph` in OpenVINO on the CPU, in float32 with torch's number of threads."""
+    import onnx
+    import openvino
+
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = core.compile_model(core.read_model(io.BytesIO(content)), "CPU", settings)
+    graph = onnx.load_from_string(content).graph  # OpenVINO gives a tensor the names of inner ones too
+    inputs, outputs = ([one.name for one in some] for some in (graph.input, graph.output))
+
+    def compute(fed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        answer = model(fed)
+        return [answer[name] for name in outputs]
+
+    return _run(config, inputs, outputs, compute)
+
+
+def _run(
+    config: Config,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    compute: Callable[[dict[str, np.ndarray]], Sequence[np.ndarray]],
+) -> Run:
+    """Return the detector that an engine computes, from inputs by name to outputs. Maps of a raw file are decoded by
+    torch."""
+    decode = _inclusive if "boxes" in outputs else _decoder(config)
 
     def run(batch: Batch) -> list[Detections]:
         fed = {name: value.numpy() for name, value in batch.items() if name in inputs and isinstance(value, Tensor)}
-        outputs = dict(zip(names, session.run(None, fed), strict=True))
-        return _inclusive(batch, outputs) if decode is None else decode(batch, outputs)
+        return decode(batch, dict(zip(outputs, compute(fed), strict=True)))
 
     return run
 
