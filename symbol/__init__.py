@@ -6,6 +6,7 @@ symbol.layers           short forms of the vocabulary for the models
 symbol.passes           graph to graph
 symbol.memory           the activations of a training step, and which of them to recompute
 symbol.torch_backend    graph to torch.nn.Module: lower
+symbol.onnx_backend     test graph to ONNX: export, emit
 """
 
 from collections.abc import Sequence
