@@ -29,6 +29,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--flip", action="store_true", help="detect in the mirrored images too, and merge")
     parser.add_argument("--draw", type=int, metavar="N", help="draw the first N images; default 0, with --images all")
     parser.add_argument("--min-score", type=float, metavar="S", help="draw detections from this score on; default 0.3")
+    parser.add_argument("--report", action="store_true", help="write an HTML page on what the detector gets wrong")
     images = parser.add_argument_group("images without annotations")
     images.add_argument("--images", nargs="+", metavar="PATH", help="image files, folders, patterns or videos")
     images.add_argument("--out", metavar="DIR", help="where to write; default EXPERIMENT/detected")
@@ -87,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parsed.engine,
             draw_score=draw_score,
             flip=parsed.flip,
+            report=parsed.report,
             allow_mismatch=parsed.allow_mismatch,
         )
     return 0
@@ -102,6 +104,8 @@ def _check(parsed: argparse.Namespace) -> None:
         raise ValueError(f"--min-score: expected a score from 0 to 1, got {parsed.min_score}")
     if not parsed.images and (parsed.out or parsed.tile):
         raise ValueError("--out and --tile apply to --images PATH; a test writes into the experiment's folder")
+    if parsed.images and parsed.report:
+        raise ValueError("--report needs annotations, which --images have none of: test on an image set")
     if parsed.images and parsed.engine != "torch":
         raise ValueError(f"--images: expected the engine torch, got {parsed.engine}")
     if parsed.tile is not None and not 0 <= parsed.overlap < parsed.tile:

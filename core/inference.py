@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from config.image_set import ImageSet, class_names, resolve
-from core.data.coco_index import CocoIndex
+from core.data.coco_index import CocoIndex, open_index
 from core.data.image import read_image
 from core.data.loader import TestLoader, make_test_loader
 from core.distributed.process_group import SINGLE_PROCESS, ProcessGroup
@@ -30,7 +31,7 @@ from core.protocol import EngineName
 from core.report.draw import draw_detections
 from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result, write_scores
 from core.report.progress import progress as show_progress
-from core.report.train_log import append_event
+from core.report.train_log import LOG_LINES, append_event
 from core.trained import Trained
 from core.weights.checkpoint import Progress, find_weights
 from models.record import Batch
@@ -224,6 +225,7 @@ def test(
     *,
     draw_score: float = DRAW_SCORE,
     flip: bool = False,
+    report: bool = False,
     allow_mismatch: bool = False,
 ) -> list[TestResult]:
     """Test a checkpoint on every image set of its config and print the results; see `detection_test.py`.
@@ -238,9 +240,12 @@ def test(
     device = device or chosen.select_device(config, is_train=False)
     folder = result_folder(trained.folder, path)
     weights, progress, lines = trained.weights()
-    for image_set in config.DatasetParam.image_set:
+    image_sets = [resolve(one, config.DatasetParam.data_root) for one in config.DatasetParam.image_set]
+    for image_set in image_sets:
         if not allow_mismatch:
-            _require_classes(trained, progress, resolve(image_set, config.DatasetParam.data_root))
+            _require_classes(trained, progress, image_set)
+        if report:
+            _require_report(config, image_set)
     network, notes = chosen.build_detector(config, weights, device, path)
     folder.mkdir(parents=True, exist_ok=True)
     if group.is_main_process:
@@ -248,7 +253,7 @@ def test(
             print(note)
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
-    for image_set in config.DatasetParam.image_set:
+    for image_set in image_sets:
         with explain_out_of_memory(config, device, "the test", is_test=True):
             tested = test_image_set(config, network, image_set, folder, device, group, checkpoint=path.name, flip=flip)
         if tested is None:
@@ -261,6 +266,8 @@ def test(
             _log_scores(trained, progress, tested, flip)
         for picture in draw_results(tested, folder, num_draw, draw_score):
             print(f"wrote {picture}")
+        if report:
+            print(f"wrote {report_test(trained, tested, folder, draw_score)}")
         results.append(tested)
     return results
 
@@ -282,6 +289,43 @@ def result_folder(experiment: Path, weights: Path) -> Path:
     parent = weights.parent.resolve()
     origin = "" if parent == experiment.resolve() else f"{parent.name}-"
     return experiment / f"tested-{origin}{weights.stem}"
+
+
+def _require_report(config: Config, image_set: ImageSet) -> None:
+    """Raise ValueError, before the test, if there can be no report."""
+    if config.TestParam.coco.annotation is None and not open_index(image_set).has_annotation:
+        raise ValueError(
+            f"--report: {image_set.name} has no annotations to compare the detections with; test on an image set that "
+            "has some, with --set DatasetParam.image_set=..., or leave --report out"
+        )
+    if find_spec("hotcoco") is None:
+        raise ValueError("--report: hotcoco is not installed: pip install hotcoco")
+
+
+def report_test(trained: Trained, tested: TestResult, folder: Path, min_score: float) -> Path:
+    """Write the report of a test to `<image set>_report.html` in `folder`; returns its path.
+
+    min_score: from which on a detection counts as found in pictures and in the confusion matrix.
+    """
+    from core.report.detector_report.report import ReportInput, write_report
+
+    image_set, log = tested.index.image_set, trained.path.parent / LOG_LINES
+    out = folder / f"{image_set.name}_report.html"
+    write_report(
+        out,
+        ReportInput(
+            annotation=Path(trained.config.TestParam.coco.annotation or image_set.annotation),
+            images=Path(image_set.image_dir),
+            result=tested.result,
+            class_names=tested.index.class_names,
+            min_score=min_score,
+            max_det=trained.config.TestParam.max_det_per_image,
+            log=log if log.is_file() else None,
+            title=f"{trained.folder.name} on {image_set.name}",
+            provenance=trained.provenance(),
+        ),
+    )
+    return out
 
 
 def _log_scores(trained: Trained, progress: Progress, tested: TestResult, flip: bool) -> None:

@@ -239,6 +239,29 @@ def test_an_experiment_is_tested_with_no_other_option(experiment: Path, capsys: 
     assert -1 <= last["AP"] <= 1
 
 
+def test_a_report_says_where_the_detector_comes_from(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert detect("--experiment", experiment, "--report", "--min-score", 0.01) == 0
+    page = experiment / "demo_val_report.html"
+    assert f"wrote {page}" in capsys.readouterr().out
+    text = page.read_text()
+    for part in ("run on demo_val", "checkpoint-0001.safetensors", "trained on demo_train", "Confusion"):
+        assert part in text
+
+
+def test_a_report_needs_annotations_before_the_test(experiment: Path, pictures: list[Path], tmp_path: Path) -> None:
+    bare = json.loads((pictures[0].parents[2] / "annotations" / "instances_val.json").read_text())
+    del bare["annotations"]
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    image_set = f"DatasetParam.image_set=(ImageSet('bare', '{tmp_path / 'bare.json'}', '{pictures[0].parent}'),)"
+    with pytest.raises(ValueError, match="--report: bare has no annotations to compare"):
+        detect("--experiment", experiment, "--set", image_set, "--report")
+    assert not list(experiment.glob("bare*"))
+    assert detect("--experiment", experiment, "--set", image_set, "--draw", 1) == 0
+    (drawn,) = (experiment / "draw_bare").iterdir()
+    with Image.open(drawn) as picture:
+        assert picture.width < 900  # without ground truth one panel
+
+
 def test_differences_are_printed_and_harmful_ones_refused(
     experiment: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
