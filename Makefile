@@ -10,8 +10,8 @@ BUILT := operator_cxx/built
 # MXNet 1.9.1 wants a NumPy that only Python up to 3.11 has wheels of; the folders here are used in place.
 MXNET_VENV := .venv-mxnet
 MXNET_PYTHON ?= python3.11
-MXNET_PACKAGES := mxnet==1.9.1 numpy==1.23.5 $(TORCH) opencv-python-headless==4.8.1.78 pycocotools safetensors pillow \
-	tqdm matplotlib pytest setuptools
+MXNET_PACKAGES := mxnet==1.9.1 numpy==1.23.5 $(TORCH) opencv-python-headless==4.8.1.78 hotcoco pycocotools safetensors \
+	pillow tqdm matplotlib pytest setuptools
 
 # A build that found no compiler ends with status 3, having said so: what can do without goes on.
 OR_NO_COMPILER := || [ $$? -eq 3 ]

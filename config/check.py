@@ -24,6 +24,13 @@ def check(config: Config) -> None:
     _check_schedule(config)
 
 
+def check_described(config: Config) -> None:
+    """Raise ValueError for the first invalid field of a config for testing that was restored from a checkpoint."""
+    _check_bounds(config)
+    _check_network(config)
+    _check_input(config)
+
+
 def _check_required(config: Config) -> None:
     for key, section, entry in leaves(config):
         if "required" in entry.metadata and not hasattr(section, entry.name):
@@ -99,7 +106,7 @@ def _check_compile(config: Config) -> None:
             "General.compile and ModelParam.memonger are both set: the compiler decides itself what to recompute; "
             "write ModelParam.memonger=False, or General.compile=False"
         )
-    if config.NormalizeParam.type == "syncbn" and kvstore.machines * (len(kvstore.gpus) or kvstore.processes) > 1:
+    if config.NormalizeParam.type == "syncbn" and kvstore.machines * kvstore.devices_per_machine > 1:
         raise ValueError(
             "General.compile is set with NormalizeParam.type=syncbn on several devices: the compiler does not take "
             "communication inside the network; write NormalizeParam.type=localbn, or General.compile=False"

@@ -7,6 +7,7 @@ from pathlib import Path
 from config.image_set import PUBLISHED, class_names, resolve
 from config.schema import Config
 from config.section import fill
+from symbol import Symbol
 from symbol.layers import normalizer_factory
 
 
@@ -28,6 +29,18 @@ def derive(config: Config, stem: str, is_train: bool) -> None:
     _derive_input(config, is_train)
 
 
+def derive_described(config: Config, stem: str, graph: Symbol, class_names: tuple[str, ...]) -> None:
+    """Fill the derived fields that testing a checkpoint needs: its graph is given, in place of the config file's."""
+    _derive_names(config, stem)
+    _derive_devices_and_precision(config)
+    _derive_normalizer(config)
+    _derive_feature_sides(config)
+    fill(config.DatasetParam, "class_names", class_names)
+    fill(config.ModelParam, "test_symbol", graph)
+    fill(config, "data_name", tuple(graph.list_inputs()))
+    fill(config, "test_transform", config.get_transform(config, False))
+
+
 def _derive_names(config: Config, stem: str) -> None:
     if config.General.name is None:
         config.General.name = stem
@@ -37,7 +50,7 @@ def _derive_names(config: Config, stem: str) -> None:
 
 def _derive_devices_and_precision(config: Config) -> None:
     kvstore = config.KvstoreParam
-    fill(kvstore, "num_device", kvstore.machines * (len(kvstore.gpus) or kvstore.processes))
+    fill(kvstore, "num_device", kvstore.machines * kvstore.devices_per_machine)
     fill(kvstore, "batch_image", config.General.batch_image)
     for section in (config.KvstoreParam, config.BackboneParam, config.NeckParam, config.RpnParam):
         fill(section, "fp16", config.General.fp16 or config.General.bf16)

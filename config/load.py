@@ -12,6 +12,7 @@ from typing import Any
 
 from config.check import check
 from config.derive import derive
+from config.image_set import ImageSet
 from config.overrides import apply_overrides
 from config.schema import Config, Transform
 from config.section import fill, leaves
@@ -40,8 +41,16 @@ def load_config(path: str | Path, is_train: bool, overrides: Sequence[str] = ())
     derive(config, Path(path).stem, is_train)
     if translation is not None:
         translation.after_derive()
+    fill(config, "source", str(path))
+    fill(config.TestParam, "image_set", config.DatasetParam.image_set if not is_train else _test_sets(str(path)))
     fill(config, "notes", [] if translation is None else translation.notes)
     return config
+
+
+def _test_sets(path: str) -> tuple[str | ImageSet, ...]:
+    """Return the image sets that the file tests on, whatever a training overrides."""
+    config, _ = _run_config_file(path, is_train=False)
+    return config.DatasetParam.image_set
 
 
 def format_config(config: Config) -> str:
@@ -52,7 +61,7 @@ def format_config(config: Config) -> str:
     """
     lines = [f"# note: {note}" for note in config.notes]
     for key, section, entry in leaves(config):
-        if key == "notes":
+        if key in ("notes", "source"):
             continue
         shown = f"{key} = {_show(getattr(section, entry.name))}"
         lines.append(f"# {shown}" if {"derived", "required"} & entry.metadata.keys() else shown)

@@ -57,6 +57,10 @@ class KvstoreParam(Section):
     batch_image: int = derived("General.batch_image")
     fp16: bool = derived("General.fp16 and bf16")
 
+    @property
+    def devices_per_machine(self) -> int:
+        return len(self.gpus) or self.processes
+
 
 @dataclass(kw_only=True, slots=True)
 class NormalizeParam(Section):
@@ -242,6 +246,7 @@ class TestParam(Section):
     batch_image: int = at_least(1, 1)
     eval_epoch: int = at_least(0, 0)  # epochs between evaluations during training; 0: never
     eval_image_set: str | ImageSet | None = None  # image set of these evaluations
+    image_set: tuple[str | ImageSet, ...] = derived("DatasetParam.image_set of testing, get_config(False)")
     model: TestModel = field(default_factory=TestModel)
     nms: Nms = field(default_factory=Nms)
     coco: Coco = field(default_factory=Coco)
@@ -344,4 +349,5 @@ class Config(Section):
     metric_list: list[Any] = derived("get_metric")
     data_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are data
     label_name: tuple[str, ...] = derived("the graph")  # inputs of the graph that are labels
+    source: str = derived("the config file")  # its path
     notes: list[str] = derived("the config file")  # settings of a SimpleDet file that are ignored or changed

@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable
 
 
-def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+def add_config_arguments(parser: argparse.ArgumentParser, config_is_required: bool = True) -> None:
     """Add the arguments that training and testing share."""
-    parser.add_argument("--config", required=True, help="a config file, e.g. one of config/NASFPN/")
+    parser.add_argument("--config", required=config_is_required, help="a config file, e.g. one of config/NASFPN/")
     parser.add_argument(
         "--set",
         action="append",

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from config.description import Description, describe
 from config.image_set import resolve
 from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset
@@ -17,10 +18,9 @@ from core.engine.precision import Precision
 from core.engines import choose_engine
 from core.inference import test_image_set
 from core.protocol import Engine, EngineName, StepRecord, Trainer
-from core.report.evaluation import STAT_NAMES
 from core.report.step_numbers import log_steps
 from core.report.train_log import NoLog, TrainLog
-from core.run.experiment import experiment_folder, find_start, lock_experiment, store_config
+from core.run.experiment import experiment_folder, find_start, lock_experiment, store_config, store_graph, versions
 from core.run.guard import Guard
 from core.run.stop_request import StopRequest
 from core.weights.checkpoint import Checkpoint, Progress, epoch_stem, prune, save_checkpoint, step_stem
@@ -63,20 +63,28 @@ def fit(config: Config, config_text: str, resume: bool = False, engine: EngineNa
         trainer, notes = held.enter_context(chosen.build(config, device, loader.iter_per_epoch, start, group))
         _require_equal_ranks(trainer, loader)
         log: TrainLog | NoLog = NoLog()
+        description = None
         if group.is_main_process:
+            description = describe(config, loader.dataset.indexes, versions())
             notes += _claim_folder(config, config_text, resume, start, held)
             epochs = start.progress.epochs if start is not None else 0.0
             folder = experiment_folder(config)
+            store_graph(config)
             log = held.enter_context(
                 TrainLog(folder, loader.start_step, loader.end_step, loader.iter_per_epoch, epochs)
             )
         for note in [*config.notes, *library.notes, *notes, *_describe(loader, trainer)]:
             log.info(note)
-        return _train(trainer, loader, log, chosen)
+        return _train(trainer, loader, log, chosen, description)
 
 
-def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine: Engine) -> int:
-    """Train from the loader's first step to its last, or until any rank receives a stop request. Returns as `fit`."""
+def _train(
+    trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine: Engine, description: Description | None
+) -> int:
+    """Train from the loader's first step to its last, or until any rank receives a stop request. Returns as `fit`.
+
+    description: of the detector, on the main process.
+    """
     config, group, device, step = trainer.config, trainer.group, trainer.device, loader.start_step
     guard, upload = Guard(config, device, group, log), BatchUpload(device)
     pending: list[StepRecord] = []  # steps whose numbers the host has not read yet
@@ -113,7 +121,7 @@ def _train(trainer: Trainer, loader: TrainLoader, log: TrainLog | NoLog, engine:
             # save
             if saving:
                 if group.is_main_process:
-                    _save(trainer, loader, step, log)
+                    _save(trainer, loader, step, log, description)
                 saved_at = time.monotonic()
 
             # evaluate
@@ -192,7 +200,9 @@ def _is_due(config: Config, saved_at: float, group: ProcessGroup) -> bool:
     return minutes > 0 and group.any_rank(group.is_main_process and time.monotonic() - saved_at >= 60 * minutes)
 
 
-def _save(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog | NoLog) -> None:
+def _save(
+    trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog | NoLog, description: Description | None
+) -> None:
     epoch, inside = divmod(step, loader.iter_per_epoch)
     general, position = trainer.config.General, loader.position_at(step)
     progress = Progress(
@@ -208,7 +218,7 @@ def _save(trainer: Trainer, loader: TrainLoader, step: int, log: TrainLog | NoLo
     stem = step_stem(step) if inside else epoch_stem(epoch)
     folder = experiment_folder(trainer.config)
     keep = general.keep_checkpoints
-    saved = save_checkpoint(folder, stem, trainer.weights(), trainer.state(), progress, keep=keep)
+    saved = save_checkpoint(folder, stem, trainer.weights(), trainer.state(), progress, keep, description)
     log.info(f"wrote {saved.weights}")
 
 
@@ -240,7 +250,8 @@ def _evaluate(trainer: Trainer, step: int, iter_per_epoch: int, guard: Guard, en
     group, device, epoch = trainer.group, trainer.device, step // iter_per_epoch
     with guard.phase(f"evaluating after epoch {epoch}", at=f"the evaluation after epoch {epoch}", is_test=True):
         detector, _ = engine.build_detector(config, trainer.weights(), device, "training")
-        tested = test_image_set(config, detector, image_set, experiment_folder(config), device, group)
+        name = f"{epoch_stem(epoch)}.safetensors"
+        tested = test_image_set(config, detector, image_set, experiment_folder(config), device, group, checkpoint=name)
     log.restart_clock()
     if tested is None:  # only the main process has a result
         return
@@ -248,6 +259,9 @@ def _evaluate(trainer: Trainer, step: int, iter_per_epoch: int, guard: Guard, en
         log.event("tested", step=step, epoch=epoch)
         log.info(f"wrote {tested.result}; {tested.not_evaluated}")
         return
-    stats = dict(zip(STAT_NAMES, tested.evaluation.stats, strict=True))
-    log.event("eval", step=step, epoch=epoch, **stats)
-    log.info(f"epoch {epoch}: " + ", ".join(f"{name} {value:.3f}" for name, value in stats.items()))
+    scores = tested.evaluation.scores
+    log.event("eval", step=step, epoch=epoch, **scores)
+    log.info(
+        f"epoch {epoch}: "
+        + ", ".join(f"{name} {f'{value:.3f}' if value >= 0 else '-'}" for name, value in scores.items())
+    )

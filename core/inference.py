@@ -18,7 +18,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from config.image_set import ImageSet
+from config.image_set import ImageSet, class_names, resolve
 from core.data.coco_index import CocoIndex
 from core.data.image import read_image
 from core.data.loader import TestLoader, make_test_loader
@@ -28,18 +28,21 @@ from core.engine.out_of_memory import explain_out_of_memory
 from core.engines import choose_engine
 from core.protocol import EngineName
 from core.report.draw import draw_detections
-from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result
-from core.run.experiment import experiment_folder
-from core.weights.checkpoint import find_weights
-from core.weights.first_weights import load_given_weights
-from core.weights.simpledet_weights import from_simpledet
+from core.report.evaluation import Evaluation, can_evaluate, detections_to_coco, evaluate, write_result, write_scores
+from core.report.progress import progress as show_progress
+from core.report.train_log import append_event
+from core.trained import Trained
+from core.weights.checkpoint import Progress, find_weights
 from models.record import Batch
 from operator_cxx.nms import nms, soft_nms
 
 if TYPE_CHECKING:
     from config.schema import Config
 
-Detector = Callable[..., Sequence[Tensor]]  # a test graph: inputs by name to cls_score, bbox_xyxy
+Network = Callable[..., Sequence[Tensor]]  # a test graph: inputs by name to cls_score, bbox_xyxy
+
+
+DRAW_SCORE = 0.3  # detections below are not drawn
 
 
 @dataclass(frozen=True)
@@ -61,31 +64,57 @@ class TestResult:
 
     index: CocoIndex  # of the images that were tested
     result: Path  # COCO's result format
-    evaluation: Evaluation | None  # None: no annotations, or pycocotools is not installed
+    evaluation: Evaluation | None  # None: no annotations, or neither hotcoco nor pycocotools is installed
     detections: list[Detections]
 
     @property
     def not_evaluated(self) -> str:
         """Reason why `evaluation` is None, for the log."""
         if self.index.has_annotation and not can_evaluate():
-            return f"{self.index.image_set.name} is not evaluated: pip install pycocotools, and test again"
+            return f"{self.index.image_set.name} is not evaluated: pip install hotcoco, and test again"
         return f"{self.index.image_set.name} has no annotations: nothing to evaluate"
 
 
-def detect(config: Config, detector: Detector, batches: Iterable[Batch], device: torch.device) -> Iterator[Detections]:
-    """Yield the detections of every image of the batches, after the batch transforms of config.test_transform."""
+def detect(
+    config: Config, network: Network, batches: Iterable[Batch], device: torch.device, flip: bool = False
+) -> Iterator[Detections]:
+    """Yield the detections of every image of the batches, after the batch transforms of config.test_transform.
+
+    flip: detect in the mirrored images too; NMS takes the candidates of both.
+    """
     for batch in batches:
         batch = to_device(batch, device)
         for transform in config.test_transform.batch:
             transform.apply(batch)
         with torch.inference_mode():
-            cls_score, bbox_xyxy = detector(data=batch["data"], im_info=batch["im_info"])
+            cls_score, bbox_xyxy = network(data=batch["data"], im_info=batch["im_info"])
+            if flip:
+                mirrored = _mirror_images(batch["data"], batch["im_info"])
+                other_score, other_bbox = network(data=mirrored, im_info=batch["im_info"])
+                cls_score = torch.cat([cls_score, other_score], dim=1)
+                bbox_xyxy = torch.cat([bbox_xyxy, _mirror_boxes(other_bbox, batch["im_info"])], dim=1)
             bbox, score, cls = apply_nms(config, cls_score, bbox_xyxy)
             bbox = bbox / batch["im_info"][:, None, 2:]
         bbox, score, cls, im_id = bbox.cpu(), score.cpu(), cls.cpu(), batch["im_id"].tolist()
         for i, path in enumerate(batch["files"]):
             kept = cls[i] >= 0
             yield Detections(im_id[i], path, bbox[i][kept].numpy(), score[i][kept].numpy(), cls[i][kept].numpy())
+
+
+def _mirror_images(data: Tensor, im_info: Tensor) -> Tensor:
+    """Return images (N, 3, H, W) mirrored within their widths of im_info (N, 3); the padding stays at the right."""
+    column = torch.arange(data.shape[3], device=data.device)
+    width = im_info[:, 1:2].long()
+    source = torch.where(column < width, width - 1 - column, column)  # (N, W)
+    mirrored = data.take_along_dim(source[:, None, None, :], dim=3)
+    return mirrored.contiguous(memory_format=torch.channels_last)
+
+
+def _mirror_boxes(bbox: Tensor, im_info: Tensor) -> Tensor:
+    """Return boxes (N, M, 4) of mirrored images in the images: x1' = w - 1 - x2, x2' = w - 1 - x1."""
+    x1, y1, x2, y2 = bbox.unbind(dim=2)
+    last = im_info[:, 1:2] - 1
+    return torch.stack([last - x2, y1, last - x1, y2], dim=2)
 
 
 def apply_nms(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,20 +137,27 @@ def apply_nms(config: Config, cls_score: Tensor, bbox: Tensor) -> tuple[Tensor, 
 
 def test_image_set(
     config: Config,
-    detector: Detector,
+    network: Network,
     image_set: str | ImageSet,
     folder: Path,
     device: torch.device,
     group: ProcessGroup = SINGLE_PROCESS,
+    *,
+    checkpoint: str,
+    flip: bool = False,
 ) -> TestResult | None:
-    """Detect in every image, write the result file into `folder`, and evaluate if there are annotations.
+    """Detect in every image and write `<image_set>_result.json` into `folder`; if there are annotations, evaluate and
+    write `<image_set>_scores.json`, which names the `checkpoint`.
 
     Each rank detects in its share of the images; the main process gathers, writes and evaluates the detections, which
     equal those of a single process. The other ranks return None.
     """
     loader = make_test_loader(config, image_set, group.rank, group.world_size)
     (index,) = loader.dataset.indexes
-    detections = list(detect(config, detector, loader, device))
+    found = detect(config, network, loader, device, flip)
+    detections = list(
+        show_progress(found, len(loader.positions(group.rank)), index.image_set.name, group.is_main_process)
+    )
     if group.world_size > 1:
         detections = gather_detections(loader, detections, device)
     if not group.is_main_process:
@@ -129,8 +165,11 @@ def test_image_set(
     path = folder / result_name(index, str(config.General.name))
     write_result(path, coco_entries(detections, index.category_ids))
     annotation = config.TestParam.coco.annotation or index.image_set.annotation
-    evaluated = can_evaluate() and (config.TestParam.coco.annotation is not None or index.has_annotation)
-    return TestResult(index, path, evaluate(annotation, path) if evaluated else None, detections)
+    evaluation = None
+    if can_evaluate() and (config.TestParam.coco.annotation is not None or index.has_annotation):
+        evaluation = evaluate(annotation, path, config.TestParam.max_det_per_image)
+        write_scores(folder / f"{index.image_set.name}_scores.json", evaluation, index.image_set.name, checkpoint)
+    return TestResult(index, path, evaluation, detections)
 
 
 def gather_detections(loader: TestLoader, own: Sequence[Detections], device: torch.device) -> list[Detections]:
@@ -177,45 +216,41 @@ test_image_set.__test__ = False  # type: ignore[attr-defined]  # not pytest's
 
 
 def test(
-    config: Config,
-    checkpoint: Path | None,
-    epoch: int | None,
-    num_draw: int,
+    trained: Trained,
+    num_draw: int = 0,
     group: ProcessGroup = SINGLE_PROCESS,
     device: torch.device | None = None,
     engine: EngineName = "torch",
+    *,
+    draw_score: float = DRAW_SCORE,
+    flip: bool = False,
+    allow_mismatch: bool = False,
 ) -> list[TestResult]:
-    """Test on every image set of the config and print the results; see `detection_test.py`.
+    """Test a checkpoint on every image set of its config and print the results; see `detection_test.py`.
 
-    checkpoint: a weights file; None: the experiment's after `epoch` epochs, or its newest. Results are written to
-    `result_folder`. The ranks of `group` share the images, each on its own `device` (None: the engine's choice); the
-    main process writes, prints and returns the results. Raises FileNotFoundError and ValueError for weights or images
-    that are missing or do not fit, MemoryError for a batch that does not fit.
+    Results are written to `result_folder`, and the scores to the experiment's log too. The ranks of `group` share the
+    images, each on its own `device` (None: the engine's choice); the main process writes, prints and returns the
+    results. Raises FileNotFoundError and ValueError for weights or images that are missing or do not fit, and for
+    images with other classes unless `allow_mismatch` is set; MemoryError for a batch that does not fit.
     """
+    config, path = trained.config, trained.path
     chosen = choose_engine(engine)
     device = device or chosen.select_device(config, is_train=False)
-    path = checkpoint or find_weights(experiment_folder(config), epoch)
-    folder = result_folder(experiment_folder(config), path)
-    weights, progress = load_given_weights(path)
-    names = config.DatasetParam.class_names
-    if names and progress.class_names and names != progress.class_names:
-        raise ValueError(
-            f"{path} was trained on the classes {_shorten(progress.class_names)}; the images have "
-            f"{_shorten(names)}: test on image sets with the categories that it was trained on"
-        )
-    graph = config.ModelParam.test_symbol
-    expected = {*graph.list_arguments(), *graph.list_auxiliary_states()}
-    weights, lines = from_simpledet(weights, expected, config.NormalizeParam, path)
-    detector, notes = chosen.build_detector(config, weights, device, path)
+    folder = result_folder(trained.folder, path)
+    weights, progress, lines = trained.weights()
+    for image_set in config.DatasetParam.image_set:
+        if not allow_mismatch:
+            _require_classes(trained, progress, resolve(image_set, config.DatasetParam.data_root))
+    network, notes = chosen.build_detector(config, weights, device, path)
     folder.mkdir(parents=True, exist_ok=True)
     if group.is_main_process:
-        for note in [*config.notes, *lines, *notes]:
+        for note in [*config.notes, *trained.notes, *lines, *notes]:
             print(note)
         print(f"testing {path} (epoch {progress.epoch}, step {progress.step})")
     results = []
     for image_set in config.DatasetParam.image_set:
         with explain_out_of_memory(config, device, "the test", is_test=True):
-            tested = test_image_set(config, detector, image_set, folder, device, group)
+            tested = test_image_set(config, network, image_set, folder, device, group, checkpoint=path.name, flip=flip)
         if tested is None:
             continue
         print(f"wrote {tested.result}")
@@ -223,7 +258,8 @@ def test(
             print(tested.not_evaluated)
         else:
             print(tested.evaluation.table)
-        for picture in draw_results(tested, folder, num_draw):
+            _log_scores(trained, progress, tested, flip)
+        for picture in draw_results(tested, folder, num_draw, draw_score):
             print(f"wrote {picture}")
         results.append(tested)
     return results
@@ -248,8 +284,38 @@ def result_folder(experiment: Path, weights: Path) -> Path:
     return experiment / f"tested-{origin}{weights.stem}"
 
 
-def draw_results(tested: TestResult, folder: Path, num_draw: int) -> list[Path]:
-    """Draw the first `num_draw` images, ground truth beside detections, to files in `folder`/draw_<image set>."""
+def _log_scores(trained: Trained, progress: Progress, tested: TestResult, flip: bool) -> None:
+    """Add the scores of a test to the log of the experiment that the weights belong to."""
+    assert tested.evaluation is not None
+    append_event(
+        trained.path.parent,
+        "test",
+        step=progress.step,
+        epoch=progress.epoch,
+        checkpoint=trained.path.name,
+        image_set=tested.index.image_set.name,
+        flip=flip,
+        **tested.evaluation.scores,
+    )
+
+
+def _require_classes(trained: Trained, progress: Progress, image_set: ImageSet) -> None:
+    """Raise ValueError if the images have other classes than those that the weights were trained on."""
+    names = class_names(image_set) if Path(image_set.annotation).is_file() else ()
+    known = progress.class_names
+    if names and known and names != known:
+        raise ValueError(
+            f"{trained.path} was trained on the classes {_shorten(known)}; the images of {image_set.name} have "
+            f"{_shorten(names)}: test on image sets with the categories that it was trained on, or add "
+            "--allow-mismatch"
+        )
+
+
+def draw_results(tested: TestResult, folder: Path, num_draw: int, min_score: float = DRAW_SCORE) -> list[Path]:
+    """Draw the first `num_draw` images, ground truth beside detections, to files in `folder`/draw_<image set>.
+
+    Detections below min_score are left out; without annotations there is no ground truth beside them.
+    """
     index = tested.index
     row_of = {int(im_id): row for row, im_id in enumerate(index.image_id)}
     out = folder / f"draw_{index.image_set.name}"
@@ -258,7 +324,8 @@ def draw_results(tested: TestResult, folder: Path, num_draw: int) -> list[Path]:
         row = row_of[image.im_id]
         pixels = read_image(image.path, int(index.height[row]), int(index.width[row]))
         found = np.column_stack([image.bbox, image.score, image.cls])  # (D, 6)
-        drawn = draw_detections(pixels, index.gt_bbox(row), found, index.class_names)
+        truth = index.gt_bbox(row) if index.has_annotation else None
+        drawn = draw_detections(pixels, truth, found, index.class_names, min_score=min_score)
         out.mkdir(parents=True, exist_ok=True)
         pictures.append(out / f"{Path(image.path).stem}_{image.im_id}.png")
         Image.fromarray(drawn).save(pictures[-1])

@@ -108,7 +108,8 @@ def test_train_interrupt_resume_and_test(tmp_path: Path) -> None:
     assert (folder / "checkpoint-0003.safetensors").exists()
     tested = run("detection_test.py", *arguments, "--draw", "1", cwd=tmp_path)
     assert tested.returncode == 0, tested.stderr
-    assert "Average Precision" in tested.stdout
+    assert "AP50" in tested.stdout
+    assert (folder / "demo_val_scores.json").exists()
     assert (folder / "demo_val_result.json").exists()
     assert (folder / "draw_demo_val" / "000001_1.png").exists()
 

@@ -2,10 +2,13 @@
 
     python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py --steps 10
     python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py --steps 10 --test
+    python3 utils/benchmark_step.py --config config/demo/retina_r18v1b_nasfpn_128_2@48_demo.py --count
 
 No files are read or written. Steps are those of a run, back to back without waiting for the device; the parts are timed
 separately and each waits for the device, so they may sum to more. A test is timed beside the same graph without folding
 and fusion, by turns, and the fastest of each is printed: seconds per batch of TestParam.batch_image images.
+
+A count prints what a step launches and moves, without running one: the same on every machine, in the same precision.
 """
 
 from __future__ import annotations
@@ -28,11 +31,14 @@ from core.cli import run
 from core.engine.device import move_module, peak_memory, select_device
 from core.engine.engine import TorchEngine
 from core.engine.precision import precision
-from core.engine.trainer import Trainer, build_trainer
+from core.engine.step_count import PARTS, count_step
+from core.engine.trainer import Trainer, build_trainer, transform_batches
 from core.inference import apply_nms
 from models.record import Batch, select
 from symbol import lower
 from symbol.passes import in_precision
+
+COMMONEST = 20  # operators that a count lists
 
 
 def random_batch(config: Config, device: torch.device) -> Batch:
@@ -155,7 +161,9 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE")
     parser.add_argument("--steps", type=int, default=10, help="timed steps, after two that are not")
-    parser.add_argument("--test", action="store_true", help="time the test graph and NMS")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--test", action="store_true", help="time the test graph and NMS")
+    what.add_argument("--count", action="store_true", help="count the operators of a step and the bytes that they move")
     arguments = parser.parse_args()
     overrides = ["ModelParam.from_scratch=True", *arguments.set]
     config = load_config(arguments.config, is_train=not arguments.test, overrides=overrides)
@@ -163,6 +171,9 @@ def main() -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     batch = config.TestParam.batch_image if arguments.test else config.General.batch_image
     print(f"{config.General.name} on {name}, torch {torch.__version__}, {batch} images per step")
+    if arguments.count:
+        print_count(config, device)
+        return
     if arguments.test:
         print_test(config, device, arguments.steps)
     else:
@@ -181,6 +192,22 @@ def print_training(config: Config, device: torch.device, steps: int) -> None:
     print(f"  {'step, back to back':<30} {1000 * step:9.1f} ms")
     print(f"  {'of it the host':<30} {1000 * host:9.1f} ms")
     print(f"  {config.General.batch_image / step:.2f} img/s")
+
+
+def print_count(config: Config, device: torch.device) -> None:
+    trainer, _ = build_trainer(config, device, iter_per_epoch=1000, start=None)
+    batch = random_batch(config, device)
+    transform_batches(config, [batch])
+    count = count_step(trainer, batch)
+    print(f"  {'; '.join(trainer.describe())}")
+    print(f"  {'':<40} launches  MB read and written")
+    for part in PARTS:
+        print(f"  {part:<40} {count.launches[part]:8} {count.moved[part] / 1e6:10.0f}")
+    print(f"  {'step':<40} {count.launches.total():8} {count.moved.total() / 1e6:10.0f}")
+    for operator, launches in count.launches_of.most_common(COMMONEST):
+        print(f"    {operator:<38} {launches:8} {count.moved_by[operator] / 1e6:10.0f}")
+    for line in count.not_channels_last or ["every map is channels-last"]:
+        print(f"  {line}")
 
 
 def print_test(config: Config, device: torch.device, steps: int) -> None:

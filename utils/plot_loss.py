@@ -8,81 +8,33 @@ Three panels over the step: the losses, the learning rate, and foreground accura
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Record = dict[str, Any]
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from core.report.log_curves import Record, read_log, series, smooth
 
 LOSSES = (("cls_loss", "classification", "#0072b2"), ("reg_loss", "box", "#d55e00"))
 LR_COLOUR, ACCURACY_COLOUR, AP_COLOUR = "#4b5d8f", "#009e73", "#aa3377"
 
 
-def read_log(path: str | Path) -> tuple[list[Record], list[Record]]:
-    """Read the training lines and the evaluation lines of a log, both in the order of their steps.
-
-    A training line has "step" and "cls_loss", an evaluation line "event": "eval", "step" and "AP"; others are
-    ignored, and so is an incomplete last line. If the training steps go back, a run was resumed, and the lines
-    from that step on are dropped. Raises ValueError for any other line that is not a JSON object and for a log
-    without training lines.
-    """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    train: list[Record] = []
-    evaluations: list[Record] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"a JSON object was expected, got {line.strip()[:40]}")
-        except ValueError as error:
-            if number == len(lines) and not line.endswith("\n"):
-                break
-            raise ValueError(f"{path}, line {number}: {error}") from error
-        if record.get("event") == "eval" and {"step", "AP"} <= record.keys():
-            evaluations.append(record)
-        elif {"step", "cls_loss"} <= record.keys():
-            step = record["step"]
-            if train and train[-1]["step"] >= step:
-                train = [earlier for earlier in train if earlier["step"] < step]
-                evaluations = [earlier for earlier in evaluations if earlier["step"] < step]
-            train.append(record)
-    if not train:
-        raise ValueError(f'{path} has no training lines (objects with "step" and "cls_loss")')
-    return train, evaluations
-
-
-def _series(records: list[Record], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps and values (n,) of the records that have `key`."""
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    steps, values = np.array(points, np.float64).reshape(-1, 2).T  # (n, 2) -> (2, n)
-    return steps, values
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Return the mean over a centred window of a fiftieth of the run, shorter at both ends."""
-    window = np.ones(2 * (len(values) // 100) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
-
-
 def _plot_noisy(axes: Axes, records: list[Record], key: str, label: str, colour: str) -> None:
     """Plot the values in a light colour and their running mean in full."""
-    steps, values = _series(records, key)
+    steps, values = series(records, key)
     if len(steps) == 0:
         return
     axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+    axes.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
 
 
 def _plot_evaluations(panels: Sequence[Axes], evaluations: list[Record]) -> None:
     """Plot a dotted line through all panels at every evaluation, and its AP as a point in the last panel."""
-    steps, values = _series(evaluations, "AP")
+    steps, values = series(evaluations, "AP")
     for panel in panels:
         for step in steps:
             panel.axvline(step, color=AP_COLOUR, alpha=0.35, linewidth=0.8, linestyle=":")
@@ -108,7 +60,7 @@ def plot_loss(jsonl_path: str | Path, png_path: str | Path) -> None:
     loss, rate, accuracy = panels
     for key, label, colour in LOSSES:
         _plot_noisy(loss, train, key, label, colour)
-    rate.plot(*_series(train, "lr"), color=LR_COLOUR, linewidth=1.5)
+    rate.plot(*series(train, "lr"), color=LR_COLOUR, linewidth=1.5)
     _plot_noisy(accuracy, train, "fg_acc", "foreground accuracy", ACCURACY_COLOUR)
     if evaluations:
         _plot_evaluations(panels, evaluations)

@@ -5,6 +5,10 @@ Pillow is the decoder: it detects truncated files, and decodes an ordinary JPEG 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -22,22 +26,39 @@ def read_image(path: str, height: int, width: int) -> np.ndarray:
     Raises FileNotFoundError, and ValueError naming the file for one that is damaged, truncated, of another
     size, or of a pixel format without a fixed range.
     """
+    with _explained(path), Image.open(path) as file:
+        return _to_rgb(_oriented(file, path, height, width), path)
+
+
+def read_picture(picture: str | Path | Image.Image) -> np.ndarray:
+    """Return an image file, or an image of Pillow's, as (H, W, 3) uint8 RGB, turned as its EXIF orientation says.
+
+    Pixel formats are converted as by `read_image`. Raises FileNotFoundError, and ValueError naming the file for one
+    that is damaged, truncated, no image, or of a pixel format without a fixed range.
+    """
+    if isinstance(picture, Image.Image):
+        return _to_rgb(ImageOps.exif_transpose(picture), "the image")
+    path = str(picture)
+    with _explained(path), Image.open(path) as file:
+        return _to_rgb(ImageOps.exif_transpose(file), path)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    """Turn the errors of Pillow's decoders into ValueErrors with a message that names the file and the remedy."""
     try:
-        with Image.open(path) as file:
-            image = _oriented(file, path, height, width)
-            pixels = _to_rgb(image, path)
+        yield
     except FileNotFoundError:
-        raise FileNotFoundError(f"image file {path} not found; it was there when the index was opened") from None
+        raise FileNotFoundError(f"image file {path} not found") from None
     except (_ImageError, PermissionError):
         raise
     except Image.DecompressionBombError as error:
         raise _ImageError(f"image {path} is too large to be read safely: {error}; cut it into tiles") from error
     except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
         raise _ImageError(
-            f"cannot read image {path}: {error}; the file is damaged or truncated: fetch it again, or remove "
-            f"it from the annotations"
+            f"cannot read image {path}: {error}; the file is damaged or truncated, or no image: fetch it again, or "
+            "remove it"
         ) from error
-    return pixels
 
 
 class _ImageError(ValueError):

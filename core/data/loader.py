@@ -223,8 +223,7 @@ def num_worker(config: Config) -> int:
     """Return General.loader_worker; by default the cores of this process's share of the machine, 1 to 4."""
     if config.General.loader_worker is not None:
         return config.General.loader_worker
-    processes = len(config.KvstoreParam.gpus) or config.KvstoreParam.processes
-    return min(max(usable_cpus() // processes, 1), MAX_WORKER)
+    return min(max(usable_cpus() // config.KvstoreParam.devices_per_machine, 1), MAX_WORKER)
 
 
 def _pins_memory(config: Config) -> bool:

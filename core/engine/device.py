@@ -35,6 +35,24 @@ def select_device(gpus: Sequence[int], local_rank: int = 0) -> torch.device:
     return torch.device("cuda", gpus[local_rank])
 
 
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """Return the named device; None: the first GPU if there is one, else the CPU.
+
+    Raises ValueError for a name that torch does not know and for a GPU that this machine does not have.
+    """
+    if device is None:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {device!r}") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {device}: this machine has {torch.cuda.device_count()} GPUs; write cpu, or another one"
+        )
+    return found
+
+
 def require_gpus(config: Config) -> None:
     """Raise ValueError for a training on GPUs that this machine does not have; the message says what to run instead,
     with its global batch size and learning rate."""

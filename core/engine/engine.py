@@ -43,7 +43,7 @@ class TorchEngine:
         if kvstore.machines > 1 and launched == 1:
             raise ValueError(
                 f"KvstoreParam.machines is {kvstore.machines}: start detection_train.py on every machine with "
-                + torchrun(kvstore.machines, kvstore.num_device // kvstore.machines)
+                + torchrun(kvstore.machines, kvstore.devices_per_machine)
             )
         raise ValueError(
             f"the launcher started {launched} processes, and the config is for {kvstore.num_device} devices "

@@ -1,4 +1,4 @@
-"""Drawing of an image with its ground truth (left) and its detections (right).
+"""Drawing of an image with its detections, and its ground truth beside them.
 
 H, W: image sides in pixels; G ground-truth boxes; D detections. Boxes are xyxy in image pixels with inclusive
 corners; classes are numbered 1..K in the order of class_names.
@@ -112,40 +112,44 @@ def _check(image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequ
 
 
 def draw_detections(
-    image: np.ndarray, gt: np.ndarray, det: np.ndarray, class_names: Sequence[str], *, min_score: float = 0.3
+    image: np.ndarray, gt: np.ndarray | None, det: np.ndarray, class_names: Sequence[str], *, min_score: float = 0.3
 ) -> np.ndarray:
-    """Draw an image twice: with its ground truth, and with its detections; below, a legend of their classes.
+    """Draw an image with its detections, beside one with its ground truth; below, a legend of their classes.
 
-    image: (H, W, 3) uint8 RGB; gt: (G, 5) x1, y1, x2, y2, class; det: (D, 6) x1, y1, x2, y2, score, class.
-    Boxes are xyxy in image pixels with inclusive corners; rows whose class is below 1 are padding. Detections
-    that score below min_score are left out. Returns a uint8 RGB image. Raises ValueError for other shapes,
-    values that are not finite and classes without a name.
+    image: (H, W, 3) uint8 RGB; gt: (G, 5) x1, y1, x2, y2, class, None for an image without ground truth, which is drawn
+    once; det: (D, 6) x1, y1, x2, y2, score, class. Boxes are xyxy in image pixels with inclusive corners; rows whose
+    class is below 1 are padding. Detections that score below min_score are left out. Returns a uint8 RGB image. Raises
+    ValueError for other shapes, values that are not finite and classes without a name.
     """
-    gt, det = np.asarray(gt, np.float64), np.asarray(det, np.float64)
-    _check(image, gt, det, class_names)
-    gt = gt[gt[:, 4] >= 1]
+    has_truth, truth = gt is not None, np.asarray(np.empty((0, 5)) if gt is None else gt, np.float64)
+    det = np.asarray(det, np.float64)
+    _check(image, truth, det, class_names)
+    truth = truth[truth[:, 4] >= 1]
     det = det[(det[:, 5] >= 1) & (det[:, 4] >= min_score)]
     det = det[np.argsort(-det[:, 4], kind="stable")]
-    gt_class, det_class = gt[:, 4].astype(int), det[:, 5].astype(int)
+    gt_class, det_class = truth[:, 4].astype(int), det[:, 5].astype(int)
 
     H, W = image.shape[:2]
     scale = max(1.0, MIN_PANEL / max(H, W))
     size = (max(1, round(W * scale)), max(1, round(H * scale)))
     font = ImageFont.load_default(max(13, round(max(size) / 44)))
     assert isinstance(font, FreeTypeFont), "with a size, Pillow's default font is scalable"
-    left = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
-    right = left.copy()
-    _draw_panel(left, scale, gt[:, :4], gt_class, [class_names[c - 1] for c in gt_class], font)
+    plain = Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)
+    panels = []
+    if has_truth:
+        panels.append((plain.copy(), f"ground truth: {len(truth)}"))
+        _draw_panel(panels[0][0], scale, truth[:, :4], gt_class, [class_names[c - 1] for c in gt_class], font)
     labels = [f"{class_names[c - 1]} {score:.2f}" for c, score in zip(det_class, det[:, 4], strict=True)]
-    _draw_panel(right, scale, det[:, :4], det_class, labels, font)
+    _draw_panel(plain, scale, det[:, :4], det_class, labels, font)
+    panels.append((plain, f"detections: {len(det)} (score at least {min_score:g})"))
 
-    titles = (f"ground truth: {len(gt)}", f"detections: {len(det)} (score at least {min_score:g})")
     header, gap = round(font.size * 1.9), max(8, round(font.size / 2))
-    column = max(size[0], *(round(font.getlength(title)) + 16 for title in titles))
+    column = max(size[0], *(round(font.getlength(title)) + 16 for _, title in panels), 0)
     present = {c: class_names[c - 1] for c in sorted({*gt_class.tolist(), *det_class.tolist()})}
-    legend = _draw_legend(present, 2 * column + gap, font)
+    legend = _draw_legend(present, len(panels) * (column + gap) - gap, font)
     sheet = Image.new("RGB", (legend.width, header + size[1] + gap + legend.height), PAPER)
-    for x, panel, title in ((0, left, titles[0]), (column + gap, right, titles[1])):
+    for number, (panel, title) in enumerate(panels):
+        x = number * (column + gap)
         ImageDraw.Draw(sheet).text((x + 8, header // 2), title, fill=INK, font=font, anchor="lm")
         sheet.paste(panel, (x, header))
     sheet.paste(legend, (0, header + size[1] + gap))

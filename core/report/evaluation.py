@@ -1,6 +1,7 @@
-"""COCO's evaluation of detections: its twelve numbers and AP per class from result and annotation files.
+"""COCO's evaluation of detections: its twelve numbers, and AP per class, from result and annotation files.
 
-pycocotools computes the numbers. M detections.
+hotcoco matches boxes and accumulates precision and recall; where it is not installed pycocotools does, whose arrays are
+the same. M detections, T IoU thresholds (0.50, 0.55 ... 0.95), R recall points, K classes, A ranges of areas.
 """
 
 from __future__ import annotations
@@ -11,33 +12,62 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from core.report.coco_files import FoundBoxes, Truth, read_found, read_truth
 from core.run.atomic_file import atomic_file
 
-if TYPE_CHECKING:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
+TABLE_WIDTH = 100
 
-STAT_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+
+def stat_names(max_det: int = 100) -> tuple[str, ...]:
+    """Return the names of COCO's twelve numbers, in its order.
+
+    AP and the AR without a number count the best `max_det` detections of a class in an image; AR1, AR10 and
+    AR<max_det> the best 1, 10 and `max_det`. s, m and l are areas up to 32^2, to 96^2 and above.
+    """
+    return ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", f"AR{max_det}", "ARs", "ARm", "ARl")
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """Scores of one class, between 0 and 1; -1 if the annotations have no box of it."""
+
+    name: str
+    AP: float
+    AP50: float
+    num_box: int  # annotated, without crowds
+    num_image: int  # with such a box
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Scores between 0 and 1; -1 if the annotations have no box of that size."""
 
-    stats: tuple[float, ...]  # in the order of STAT_NAMES
-    class_ap: tuple[tuple[str, float], ...]  # (name, AP) in the order of the category ids; -1: no boxes
-    table: str  # both as text
+    stats: tuple[float, ...]  # in the order of stat_names(max_det)
+    classes: tuple[ClassScore, ...]  # in the order of the category ids
+    max_det: int  # detections of a class in an image that are counted
+    num_image: int
+    num_detection: int
 
     @property
     def AP(self) -> float:
         """COCO's primary number: the mean over classes and IoU thresholds 0.50 to 0.95."""
         return self.stats[0]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The twelve numbers by name."""
+        return dict(zip(stat_names(self.max_det), self.stats, strict=True))
+
+    @property
+    def table(self) -> str:
+        """The scores as text, per class and then the twelve numbers; it fits 100 columns if the class names do."""
+        return "\n".join([*_class_lines(self.classes), "", *_stat_lines(self)])
 
 
 def detections_to_coco(
@@ -82,110 +112,174 @@ def write_result(path: str | Path, detections: Iterable[dict[str, Any]]) -> None
 
 
 def can_evaluate() -> bool:
-    """Return True if pycocotools is installed. Training and testing import it only to compute AP."""
-    return importlib.util.find_spec("pycocotools") is not None
+    """Return True if hotcoco or pycocotools is installed. Training and testing import them only to compute AP."""
+    return _is_installed("hotcoco") or _is_installed("pycocotools")
 
 
-def evaluate(annotation_path: str | Path, result: str | Path | Sequence[dict[str, Any]]) -> Evaluation:
+def evaluate(
+    annotation_path: str | Path, result: str | Path | Sequence[dict[str, Any]], max_det: int = 100
+) -> Evaluation:
     """Score a result file, or its entries, against annotations.
 
-    Annotations need only id, image_id, category_id and bbox: a missing area is w * h, a missing iscrowd is 0.
-    Ids that are missing or 0 are replaced, because pycocotools counts a match with annotation 0 as a false detection.
+    Args:
+        annotation_path: a COCO annotation file; see `read_truth`.
+        max_det: detections per image that the test kept (TestParam.max_det_per_image). As many count for each class of
+            an image; COCO's 100 where the test kept fewer, which changes no number.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or not in COCO's format; the annotations have no
             boxes; the result is of other images.
     """
+    truth = read_truth(annotation_path)
+    found = read_found(result, truth)
+    return score(truth, found, max(100, max_det))
+
+
+def score(truth: Truth, found: FoundBoxes, max_det: int) -> Evaluation:
+    """Score detections against annotations, counting the best `max_det` of each class of an image, more than 10."""
+    assert max_det > 10  # AR10 is the second of three increasing numbers
+    accumulate = accumulate_hotcoco if _is_installed("hotcoco") else accumulate_pycocotools
+    precision, recall = accumulate(truth, found, (1, 10, max_det))  # (T, R, K, A, 3), (T, K, A, 3)
+    areas = range(4)  # all, small, medium, large
+    stats = [
+        *(_mean(precision[t, :, :, 0, -1]) for t in (slice(None), 0, 5)),  # over IoU thresholds; at 0.50; at 0.75
+        *(_mean(precision[:, :, :, area, -1]) for area in areas[1:]),
+        *(_mean(recall[:, :, 0, m]) for m in range(3)),
+        *(_mean(recall[:, :, area, -1]) for area in areas[1:]),
+    ]
+    counted = ~truth.boxes.crowd
+    classes = [
+        ClassScore(
+            name=name,
+            AP=_mean(precision[:, :, k, 0, -1]),
+            AP50=_mean(precision[0, :, k, 0, -1]),
+            num_box=int((mine := counted & (truth.boxes.category == k + 1)).sum()),
+            num_image=len(np.unique(truth.boxes.image[mine])),
+        )
+        for k, name in enumerate(truth.class_names)
+    ]
+    return Evaluation(tuple(stats), tuple(classes), max_det, len(truth.image_ids), len(found))
+
+
+def write_scores(path: str | Path, evaluation: Evaluation, image_set: str, checkpoint: str) -> None:
+    """Write the scores as JSON, atomically. It has no date: the same weights and images give the same file."""
+    content = {
+        "image_set": image_set,
+        "checkpoint": checkpoint,
+        "max_det": evaluation.max_det,
+        "num_image": evaluation.num_image,
+        "num_detection": evaluation.num_detection,
+        "stats": evaluation.scores,
+        "classes": [asdict(row) for row in evaluation.classes],
+    }
+    with atomic_file(path) as handle:
+        handle.write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+
+
+def hotcoco_datasets(truth: Truth, found: FoundBoxes) -> tuple[Any, Any]:
+    """Return annotations and detections as hotcoco.COCO. Their ids are the numbers of `truth` and `found`: image and
+    class 1.., annotation and detection 1.. in the order of the columns."""
+    import hotcoco
+
+    boxes = truth.boxes
+    dataset = hotcoco.COCO.from_arrays(
+        [{"id": i, **_size(image)} for i, image in enumerate(truth.images, start=1)],
+        [{"id": k, "name": name} for k, name in enumerate(truth.class_names, start=1)],
+        boxes.image,
+        boxes.category,
+        boxes.bbox,
+        area=boxes.area,
+        iscrowd=boxes.crowd.astype(np.int64),
+    )
+    return dataset, dataset.load_res(_rows(found))
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _size(image: dict[str, Any]) -> dict[str, int]:
+    return {key: int(image[key]) for key in ("width", "height") if key in image}
+
+
+def _rows(found: FoundBoxes) -> np.ndarray:
+    """Return the detections as image, x, y, w, h, score, class: (D, 7)."""
+    return np.column_stack([found.image, found.bbox, found.score, found.category])
+
+
+def accumulate_hotcoco(
+    truth: Truth, found: FoundBoxes, max_dets: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    from hotcoco import COCOeval
+
+    evaluator = COCOeval(*hotcoco_datasets(truth, found), "bbox")
+    evaluator.params.max_dets = list(max_dets)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    arrays = evaluator.eval
+    assert arrays is not None  # after accumulate
+    return arrays["precision"], arrays["recall"]
+
+
+def accumulate_pycocotools(
+    truth: Truth, found: FoundBoxes, max_dets: tuple[int, int, int]
+) -> tuple[np.ndarray, np.ndarray]:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    truth = _read_truth(Path(annotation_path))
-    if isinstance(result, str | Path):
-        detections = _read_json(Path(result))
-        if not isinstance(detections, list):
-            raise ValueError(f"{result} is not a COCO result file: it must be a list of detections")
-    else:
-        detections = [dict(entry) for entry in result]
-    _check_result(detections, truth)
+    columns = (c.tolist() for c in (truth.boxes.image, truth.boxes.category, truth.boxes.bbox, truth.boxes.area))
+    crowd = truth.boxes.crowd.astype(int).tolist()
+    keys = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    # a match with annotation 0 counts as a false detection there: ids start at 1
+    rows = zip(range(1, len(crowd) + 1), *columns, crowd, strict=True)
     with redirect_stdout(io.StringIO()):
-        coco_truth, coco_result = COCO(), COCO()
-        coco_truth.dataset = truth
+        coco_truth, coco_found = COCO(), COCO()
+        coco_truth.dataset = {
+            "images": [{"id": i} for i in range(1, len(truth.image_ids) + 1)],
+            "categories": [{"id": k} for k in range(1, len(truth.category_ids) + 1)],
+            "annotations": [dict(zip(keys, row, strict=True)) for row in rows],
+        }
         coco_truth.createIndex()
-        if detections:
-            coco_result = coco_truth.loadRes(detections)
-        evaluator = COCOeval(coco_truth, coco_result, "bbox")
+        if len(found):
+            coco_found = coco_truth.loadRes(_rows(found))
+        evaluator = COCOeval(coco_truth, coco_found, "bbox")
+        evaluator.params.maxDets = list(max_dets)
         evaluator.evaluate()
         evaluator.accumulate()
-    with redirect_stdout(io.StringIO()) as summary:
-        evaluator.summarize()
-    class_ap = _class_ap(evaluator, coco_truth)
-    stats = tuple(float(value) for value in evaluator.stats)
-    return Evaluation(stats, class_ap, _table(summary.getvalue(), class_ap, len(detections)))
+    return evaluator.eval["precision"], evaluator.eval["recall"]
 
 
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON, or only a part of it ({error}): write it again") from error
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of the values that are defined; -1 if none is."""
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else -1.0
 
 
-def _read_truth(path: Path) -> dict[str, Any]:
-    """Read the annotation file and add the fields that pycocotools needs."""
-    truth = _read_json(path)
-    if not isinstance(truth, dict) or not {"images", "categories"} <= truth.keys():
-        raise ValueError(f"{path} is not a COCO annotation file: it needs images, annotations and categories")
-    if not truth.get("annotations"):
-        raise ValueError(
-            f"{path} has no annotations to score against. Results on test-dev are scored by COCO's server: "
-            "upload the result file there"
-        )
-    annotations = truth["annotations"]
-    for annotation in annotations:
-        if not {"image_id", "category_id", "bbox"} <= annotation.keys():
-            raise ValueError(f"{path}: an annotation needs image_id, category_id and bbox, got {annotation}")
-        _, _, w, h = annotation["bbox"]
-        annotation.setdefault("area", w * h)
-        annotation.setdefault("iscrowd", 0)
-    if not all(annotation.get("id") for annotation in annotations):
-        for number, annotation in enumerate(annotations, start=1):
-            annotation["id"] = number
-    return truth
+def _number(value: float) -> str:
+    return "    -" if value < 0 else f"{value:.3f}"
 
 
-def _check_result(detections: Sequence[dict[str, Any]], truth: dict[str, Any]) -> None:
-    for detection in detections:
-        if not {"image_id", "category_id", "bbox", "score"} <= detection.keys():
-            raise ValueError(f"a detection needs image_id, category_id, bbox and score, got {detection}")
-    for key, kind in (("image_id", "images"), ("category_id", "categories")):
-        unknown = {detection[key] for detection in detections} - {entry["id"] for entry in truth[kind]}
-        if unknown:
-            raise ValueError(
-                f"the detections name {len(unknown)} {kind} that the annotations do not have, for example "
-                f"{key} {sorted(unknown)[0]}: score them against the annotations of the images that were "
-                "tested"
-            )
+def _class_lines(classes: Sequence[ClassScore]) -> list[str]:
+    """Return a line per class; the columns are repeated side by side while they fit."""
+    width = max(5, *(len(row.name) for row in classes))
+    title = f"{'class':<{width}}    AP  AP50   boxes"
+    cells = [f"{row.name:<{width}} {_number(row.AP)} {_number(row.AP50)} {row.num_box:7}" for row in classes]
+    gap = "   "
+    columns = max(1, min((TABLE_WIDTH + len(gap)) // (len(title) + len(gap)), math.ceil(len(cells) / 10)))
+    lines = math.ceil(len(cells) / columns)
+    return [gap.join([title] * columns), *(gap.join(cells[line::lines]) for line in range(lines))]
 
 
-def _class_ap(evaluator: COCOeval, truth: COCO) -> tuple[tuple[str, float], ...]:
-    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # (IoU thresholds, recall points, classes)
-    rows = []
-    for k, category_id in enumerate(evaluator.params.catIds):
-        valid = precision[:, :, k]
-        valid = valid[valid > -1]
-        rows.append((truth.cats[category_id]["name"], float(valid.mean()) if valid.size else -1.0))
-    return tuple(rows)
-
-
-def _table(summary: str, class_ap: Sequence[tuple[str, float]], num_detection: int) -> str:
-    """Return AP per class in as many columns as fit a line of text, then COCO's twelve lines."""
-    width = max(len(name) for name, _ in class_ap)
-    cells = [f"{name:<{width}} {'    -' if ap < 0 else f'{100 * ap:5.1f}'}" for name, ap in class_ap]
-    columns = max(1, 100 // (width + 9))
-    rows = math.ceil(len(cells) / columns)
-    lines = ["   ".join(cells[row::rows]) for row in range(rows)]
-    if num_detection == 0:
-        lines.insert(0, "nothing was detected")
-    return "\n".join([*lines, summary.rstrip()])
+def _stat_lines(evaluation: Evaluation) -> list[str]:
+    names, numbers = stat_names(evaluation.max_det), evaluation.stats
+    width = max(map(len, names))
+    cells = [f"{name:<{width}} {_number(number)}" for name, number in zip(names, numbers, strict=True)]
+    count = f"{evaluation.num_image} images, {sum(row.num_box for row in evaluation.classes)} boxes, " + (
+        f"{evaluation.num_detection} detections" if evaluation.num_detection else "nothing was detected"
+    )
+    return [
+        "   ".join(cells[:6]),
+        "   ".join(cells[6:]),
+        f"{count}; at most {evaluation.max_det} of a class in an image count",
+        "AP, AR: mean over IoU 0.50 to 0.95; s, m, l: area up to 32^2, up to 96^2, above",
+    ]

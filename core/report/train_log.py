@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,28 @@ class TrainLog:
         self.info(_line(record, self.end_step))
         self._bar.update(step - self._step)
         self._step, self._waited, self._since = step, 0.0, now
+
+
+def append_event(folder: Path, name: str, **values: Any) -> None:
+    """Append a record to the log of the run in `folder`; does nothing if no run has a log there."""
+    path = folder / LOG_LINES
+    if path.is_file():
+        with path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"event": name, **values}) + "\n")
+
+
+def best_scores(folder: Path) -> dict[str, Any] | None:
+    """Return the evaluation with the highest AP in the log of the run in `folder`; None if there is none."""
+    try:
+        lines = (folder / LOG_LINES).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    records = []
+    for line in lines:
+        with suppress(ValueError):  # the last line of a run that was killed
+            records.append(json.loads(line))
+    evaluations = [one for one in records if one.get("event") == "eval"]
+    return max(evaluations, key=lambda one: one["AP"], default=None)
 
 
 class NoLog:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from config.schema import Config
 
 CONFIG_FILE = "config.txt"
+GRAPH_FILE = "checkpoint-symbol.json"  # as MXNet names it
 LOCK_FILE = ".lock"
 PROBE_FILE = "probe"
 PROBE_BYTES = 1 << 16  # more than the log and the config need at once
@@ -126,3 +129,18 @@ def store_config(config: Config, text: str) -> list[str]:
     old = [line for line in before if line not in text.splitlines()]
     new = [line for line in text.splitlines() if line not in before]
     return [f"config was: {line}" for line in old] + [f"config is: {line}" for line in new]
+
+
+def store_graph(config: Config) -> None:
+    """Write the test graph into the experiment's folder, as MXNet loads it. Checkpoints hold it too."""
+    with atomic_file(experiment_folder(config) / GRAPH_FILE) as handle:
+        handle.write(config.ModelParam.test_symbol.tojson().encode())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the programs that a training depends on, by name."""
+    found = {"python": platform.python_version()}
+    for name in ("necklace", "torch", "numpy"):
+        with suppress(PackageNotFoundError):  # used in place, without being installed
+            found[name] = version(name)
+    return found

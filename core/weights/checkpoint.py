@@ -1,6 +1,7 @@
 """Checkpoints, from which a run is resumed or tested, as safetensors files.
 
-    checkpoint-0003.safetensors            parameters and auxiliary states under their MXNet names (3 epochs)
+    checkpoint-0003.safetensors            parameters and auxiliary states under their MXNet names (3 epochs), and the
+                                           description of the detector (config.description): all that detecting needs
     checkpoint-0003.state.safetensors      the optimizer's momentum at that point
     checkpoint-step00001234.safetensors    the same pair in the middle of an epoch
 
@@ -22,10 +23,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from config.description import Description
 from core.run.atomic_file import atomic_file, temporary_path
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (2, 3)  # 2 has no description of the detector
 METADATA_KEY = "necklace"
+DETECTOR_KEY = "detector"  # of the description, beside the fields of Progress
 WEIGHTS_SUFFIX = ".safetensors"
 STATE_SUFFIX = ".state.safetensors"
 EPOCH_WEIGHTS = r"checkpoint-(\d{4,})\.safetensors"
@@ -54,9 +58,10 @@ class Progress:
         """The number of finished epochs plus the fraction of the next one."""
         return self.epoch + (self.sample / self.num_sample if self.num_sample else 0.0)
 
-    def to_metadata(self) -> dict[str, str]:
+    def to_metadata(self, description: Description | None = None) -> dict[str, str]:
         """Return safetensors metadata with a single entry, because the library writes several in random order."""
-        return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **asdict(self)})}
+        detector = {DETECTOR_KEY: description.to_json()} if description is not None else {}
+        return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, **asdict(self), **detector})}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], path: Path) -> Progress:
@@ -65,20 +70,8 @@ class Progress:
         Raises:
             ValueError: the metadata is not that of a checkpoint, or is of another format version.
         """
-        if METADATA_KEY not in metadata:
-            raise ValueError(
-                f"{path} is not a checkpoint of this program: its metadata has no entry {METADATA_KEY}. "
-                "Backbone weights are given by ModelParam.pretrain.prefix instead"
-            )
-        try:
-            stored = json.loads(metadata[METADATA_KEY])
-        except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
-            raise ValueError(f"{path} is damaged: its metadata is not JSON ({error})") from None
-        if not isinstance(stored, dict):
-            raise ValueError(f"{path} is damaged: its metadata is a {type(stored).__name__}, not an object")
-        version = stored.pop("format_version", None)
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise ValueError(f"{path} has checkpoint format {version!r:.40}, this program reads {FORMAT_VERSION}")
+        stored = _stored(metadata, path)
+        stored.pop(DETECTOR_KEY, None)
         kinds = {entry.name: type(entry.default) for entry in fields(cls)} | _REQUIRED
         for name, kind in kinds.items():
             if name not in stored or not _is_kind(stored[name], kind):
@@ -88,6 +81,26 @@ class Progress:
         if unknown := stored.keys() - kinds.keys():
             raise ValueError(f"{path} is damaged: its metadata has {sorted(unknown)!r:.80}, which no checkpoint has")
         return cls(**stored | {"class_names": tuple(stored["class_names"])})
+
+
+def _stored(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Return the object that `Progress.to_metadata` stored, without its version."""
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{path} is not a checkpoint of this program: its metadata has no entry {METADATA_KEY}. "
+            "Backbone weights are given by ModelParam.pretrain.prefix instead"
+        )
+    try:
+        stored = json.loads(metadata[METADATA_KEY])
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, nested too deeply
+        raise ValueError(f"{path} is damaged: its metadata is not JSON ({error})") from None
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} is damaged: its metadata is a {type(stored).__name__}, not an object")
+    version = stored.pop("format_version", None)
+    if type(version) is not int or version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise ValueError(f"{path} has checkpoint format {version!r:.40}, this program reads {readable}")
+    return stored
 
 
 _REQUIRED: dict[str, type] = {"epoch": int, "step": int, "seed": int, "experiment": str}
@@ -132,6 +145,7 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     progress: Progress,
     keep: int = 0,
+    description: Description | None = None,
 ) -> Checkpoint:
     """Write a pair, then remove the files that it replaces.
 
@@ -139,6 +153,7 @@ def save_checkpoint(
         stem: `epoch_stem(...)` or `step_stem(...)`.
         weights: parameters and auxiliary states by name, on any device.
         state: the optimizer's `state_dict()`.
+        description: of the detector; without one the config is needed to use the weights.
         keep: the number of last epochs whose weights are kept; 0: all.
 
     Raises:
@@ -150,8 +165,8 @@ def save_checkpoint(
     try:
         # both are written before one is renamed, the state first: weights without a state are complete
         with atomic_file(pair.weights) as weights_file, atomic_file(pair.state) as state_file:
-            state_file.write(_serialise(state, progress))
-            weights_file.write(_serialise(weights, progress))
+            state_file.write(_serialise(state, progress.to_metadata()))
+            weights_file.write(_serialise(weights, progress.to_metadata(description)))
     except OSError as error:
         if pair.state.exists() and not pair.weights.exists():
             pair.state.unlink()
@@ -161,9 +176,9 @@ def save_checkpoint(
     return pair
 
 
-def _serialise(tensors: Mapping[str, Tensor], progress: Progress) -> bytes:
+def _serialise(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return safetensors.torch.save(on_host, progress.to_metadata())
+    return safetensors.torch.save(on_host, metadata)
 
 
 def _write_failure(pair: Checkpoint, needed: int, error: OSError) -> str:
@@ -269,6 +284,21 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     """
     with _open(Path(path)) as handle:
         return dict(handle.metadata() or {})
+
+
+def read_description(path: str | Path) -> Description | None:
+    """Return the description of the detector in a checkpoint; None for one that was written without it.
+
+    Raises ValueError if the file is damaged or no checkpoint.
+    """
+    path = Path(path)
+    stored = _stored(read_metadata(path), path)
+    if DETECTOR_KEY not in stored:
+        return None
+    try:
+        return Description.from_json(stored[DETECTOR_KEY])
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

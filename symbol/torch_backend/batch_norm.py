@@ -19,7 +19,7 @@ from symbol.torch_backend.elementwise import require_one_shape
 from symbol.torch_backend.registry import lowers
 from symbol.torch_backend.segment import once
 
-Moved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float]
+Moved = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, float, float, bool]
 
 
 @lowers("_batch_norm")
@@ -37,7 +37,8 @@ def batch_norm(
     no_residual: bool,
     **_: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return relu(normalized data + residual), and the mean and biased variance (C,) for `move_statistics`.
+    """Return relu(normalized data + residual), and statistics (C,) for `move_statistics`: the mean, and the inverse
+    standard deviation 1 / sqrt(variance + eps), over several processes the biased variance itself.
 
     rest: the bias (C,) of the convolution before, unless no_bias; a residual of the data's shape, unless no_residual;
     moving_mean and moving_var (C,); whether the network trains.
@@ -55,7 +56,7 @@ def batch_norm(
         require_one_shape(data, residual)
     if fix_gamma:
         gamma = torch.ones_like(gamma)
-    sync = sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    sync = _spans_processes(sync)
     if not training or use_global_stats or (data.shape[0] == 0 and not sync):
         if bias is not None:
             beta = beta + bias * gamma * (moving_var + eps).rsqrt()
@@ -63,6 +64,10 @@ def batch_norm(
         return _residual_relu(out, residual, relu), moving_mean, moving_var
     out, mean, variance = _normalize(data, gamma, beta, (moving_mean, moving_var), eps, sync)
     return _residual_relu(out, residual, relu), mean, variance
+
+
+def _spans_processes(sync: bool) -> bool:
+    return sync and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _refused(*_: Any, **__: Any) -> Any:
@@ -83,10 +88,10 @@ def _residual_relu(out: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
 def _normalize(
     data: Tensor, gamma: Tensor, beta: Tensor, moving: tuple[Tensor, Tensor], eps: float, sync: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the normalized data, mean and biased variance."""
+    """Return the normalized data, and the mean and the inverse standard deviation, with sync the biased variance."""
     if not sync:
         out, mean, inverse_std = torch.native_batch_norm(data, gamma, beta, None, None, True, 0.0, eps)
-        return out, mean.detach(), inverse_std.detach().pow(-2) - eps
+        return out, mean.detach(), inverse_std.detach()
     count, mean, variance = once(lambda: _statistics(data.detach()))
     normalized: Tensor = _Normalize.apply(data, gamma, beta, count, mean, variance, eps)
     seen = count > 0
@@ -151,22 +156,26 @@ class _Normalize(torch.autograd.Function):
 def move_statistics(training: bool, layers: Sequence[Moved]) -> None:
     """Move the moving statistics of all layers: few operations for hundreds of small tensors.
 
-    layers: moving_mean, moving_var, mean, variance, bias (None: none), all (C,), and the momentum. The moving variance
-    takes the biased one, as in MXNet on a CPU. A layer that saw no image returned its moving statistics and keeps them.
+    layers: moving_mean, moving_var, the two statistics of `batch_norm`, bias (None: none), all (C,), momentum, eps and
+    sync. The moving variance takes the biased one, as in MXNet on a CPU. A layer that saw no image returned its moving
+    statistics and keeps them.
     """
     if not training:
         return
-    by_momentum: dict[float, list[Moved]] = {}
+    alike: dict[tuple[float, float | None], list[Moved]] = {}
     for layer in layers:
+        *_, momentum, eps, sync = layer
         if layer[2] is not layer[0]:
-            by_momentum.setdefault(layer[-1], []).append(layer)
-    for momentum, moved in by_momentum.items():
-        means = [mean for _, _, mean, _, _, _ in moved]
-        biased = [(i, bias) for i, (*_, bias, _) in enumerate(moved) if bias is not None]
+            alike.setdefault((momentum, None if _spans_processes(sync) else eps), []).append(layer)
+    for (momentum, inverse_eps), moved in alike.items():
+        means, variances = [layer[2] for layer in moved], [layer[3] for layer in moved]
+        biased = [(i, bias) for i, (*_, bias, _, _, _) in enumerate(moved) if bias is not None]
         if biased:
             shifted = torch._foreach_add([means[i] for i, _ in biased], [bias for _, bias in biased])
             for (i, _), mean in zip(biased, shifted, strict=True):
                 means[i] = mean
+        if inverse_eps is not None:
+            variances = list(torch._foreach_sub(torch._foreach_pow(variances, -2), inverse_eps))
         moving = [one for layer in moved for one in layer[:2]]
-        new = [one for layer, mean in zip(moved, means, strict=True) for one in (mean, layer[3])]
+        new = [one for pair in zip(means, variances, strict=True) for one in pair]
         torch._foreach_lerp_(moving, new, 1 - momentum)

@@ -102,7 +102,7 @@ def lower_for_inference(symbol: Symbol, weights: Mapping[str, Tensor], device: t
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in weights.items()}
     folded, arrays = fold_batch_norm(symbol, arrays)
     fused = fuse_inference(folded)
-    module = lower(fused)
+    module = lower(fused, seed=None)
     module.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     module.requires_grad_(False).to(device).eval()
     _cast_once(module)

@@ -20,13 +20,14 @@ from symbol.torch_backend.segment import Segment
 
 
 def lower(
-    symbol: Symbol, *, seed: int = 0, recompute: Sequence[tuple[int, int]] = (), **input_shapes: Shape
+    symbol: Symbol, *, seed: int | None = 0, recompute: Sequence[tuple[int, int]] = (), **input_shapes: Shape
 ) -> fx.GraphModule:
     """Return the graph as a module. Called with its inputs by name, it returns the outputs as a list.
 
     Parameters and auxiliary states are float32 under their MXNet names, initialized by their variables' `__init__` and
-    `seed`. Their shapes follow from the graph's own hints and from `input_shapes` (0: unknown). Loss operators return
-    scalars: their sum, differentiated, gives the gradients that MXNet gives.
+    `seed`; None leaves them uninitialized, for weights that are loaded next. Their shapes follow from the graph's own
+    hints and from `input_shapes` (0: unknown). Loss operators return scalars: their sum, differentiated, gives the
+    gradients that MXNet gives.
 
     Parameters whose shape does not follow yet are made when the module is first called or loaded from a state_dict.
     torch.export passes inputs to a GraphModule by position, whatever their names: give them in the order of the
@@ -124,7 +125,8 @@ def _moved(node: Node, values: dict[Entry, fx.Node]) -> tuple[fx.Node | float | 
     """Return what `move_statistics` takes of a layer."""
     attrs = node.full_attrs()
     bias = None if attrs["no_bias"] else values[node.inputs[3]]
-    return (*(values[entry] for entry in [*node.inputs[-2:], (node, 1), (node, 2)]), bias, attrs["momentum"])
+    tensors = [values[entry] for entry in [*node.inputs[-2:], (node, 1), (node, 2)]]
+    return (*tensors, bias, *(attrs[key] for key in ("momentum", "eps", "sync")))
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from symbol.shape import propagate
 CONSTANT = "_constant"  # the prefix of buffers that are constants, not states
 
 
-def parameters(symbol: Symbol, inputs: list[str], input_shapes: Mapping[str, Shape], seed: int) -> nn.Module:
-    """Return a module with the graph's parameters and auxiliary states, uninitialized where no shape follows."""
+def parameters(symbol: Symbol, inputs: list[str], input_shapes: Mapping[str, Shape], seed: int | None) -> nn.Module:
+    """Return a module with the graph's parameters and auxiliary states, without storage where no shape follows."""
     known = propagate(symbol.nodes(), input_shapes)
     auxiliary = set(symbol.list_auxiliary_states())
     root = nn.Module()
@@ -29,13 +29,20 @@ def parameters(symbol: Symbol, inputs: list[str], input_shapes: Mapping[str, Sha
         if 0 in shape:
             tensor = UninitializedBuffer() if name in auxiliary else UninitializedParameter()
         else:
-            tensor = torch.from_numpy(first_value(name, shape, node.hints.get("__init__"), seed))
+            tensor = _first_tensor(node, shape, seed)
             tensor = tensor if name in auxiliary else nn.Parameter(tensor)
         if name in auxiliary:
             root.register_buffer(name, tensor)
         else:
             root.register_parameter(name, tensor)  # type: ignore[arg-type]
     return root
+
+
+def _first_tensor(node: Node, shape: Shape, seed: int | None) -> Tensor:
+    """Return the initial value of a parameter; without a seed, memory to load it into."""
+    if seed is None:
+        return torch.empty(shape)
+    return torch.from_numpy(first_value(node.name, shape, node.hints.get("__init__"), seed))
 
 
 def _parameter_nodes(symbol: Symbol, inputs: list[str]) -> dict[str, Node]:
@@ -48,7 +55,7 @@ def _tensors(module: nn.Module, lazy: bool) -> dict[str, Any]:
     return {name: t for name, t in named if is_lazy(t) == lazy and not name.startswith(CONSTANT)}
 
 
-def complete_later(module: fx.GraphModule, symbol: Symbol, inputs: list[str], seed: int) -> None:
+def complete_later(module: fx.GraphModule, symbol: Symbol, inputs: list[str], seed: int | None) -> None:
     """Install hooks that materialize uninitialized parameters when a state_dict is loaded or at the first call."""
     nodes = _parameter_nodes(symbol, inputs)
 
@@ -59,8 +66,7 @@ def complete_later(module: fx.GraphModule, symbol: Symbol, inputs: list[str], se
             shape = known.get((nodes[name], 0), (0,))
             if 0 not in shape:
                 tensor.materialize(shape)
-                hint = nodes[name].hints.get("__init__")
-                tensor.data.copy_(torch.from_numpy(first_value(name, shape, hint, seed)))
+                tensor.data.copy_(_first_tensor(nodes[name], shape, seed))
         if not _tensors(module, lazy=True):
             for hook in hooks:
                 hook.remove()

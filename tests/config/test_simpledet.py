@@ -280,5 +280,5 @@ def test_it_trains_and_tests_as_it_is(
     assert "is after the end" in stored  # 3 iterations per epoch, and lr_iter for the demo's 1000 samples
     capsys.readouterr()
     detection_test.main(arguments)
-    assert "Average Precision" in capsys.readouterr().out
+    assert "AP50" in capsys.readouterr().out
     assert (folder / "demo_val_result.json").exists()

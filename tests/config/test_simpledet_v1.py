@@ -144,5 +144,5 @@ def test_it_trains_and_tests(
     assert "stage2_unit1_conv1_weight" not in unchanged
     capsys.readouterr()
     detection_test.main(arguments)
-    assert "Average Precision" in capsys.readouterr().out
+    assert "AP50" in capsys.readouterr().out
     assert (run / "demo_val_result.json").exists()

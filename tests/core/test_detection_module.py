@@ -261,12 +261,15 @@ def test_evaluation_between_epochs(run: Run, tmp_path: Path) -> None:
     assert [(event["step"], event["epoch"]) for event in events] == [(10, 2)]
     assert 0 <= events[0]["AP"] <= 1
     assert (tmp_path / "run" / "demo_val_result.json").exists()
+    scores = json.loads((tmp_path / "run" / "demo_val_scores.json").read_text())
+    assert scores["stats"] == {key: value for key, value in events[0].items() if key not in ("event", "step", "epoch")}
+    assert scores["checkpoint"] == "checkpoint-0002.safetensors"
 
 
 def test_an_evaluation_that_does_not_fit_keeps_the_checkpoint(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     monkeypatch.setattr(detection_module, "test_image_set", full)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from config.load import load_config
 from config.schema import Config
 from core.distributed.process_group import ProcessGroup
-from core.inference import detect
-from core.inference import test as run_test
+from core.inference import TestResult, detect
+from core.inference import test as run_inference
+from core.trained import find_trained
 from core.weights.checkpoint import Progress, epoch_stem, save_checkpoint
 from core.weights.params_file import write_params
 from operator_cxx.reference.box import inclusive_area, inclusive_iou
@@ -60,6 +61,12 @@ def save_untrained(config: Config, names: tuple[str, ...] = CLASSES, epoch: int 
     return save_checkpoint(folder, epoch_stem(epoch), module.state_dict(), {}, progress).weights
 
 
+def run_test(
+    config: Config, checkpoint: Path | None, epoch: int | None, num_draw: int, **options: Any
+) -> list[TestResult]:
+    return run_inference(find_trained(checkpoint, config, epoch=epoch), num_draw, **options)
+
+
 def test_result_and_ap_are_those_of_pycocotools(
     data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +86,10 @@ def test_result_and_ap_are_those_of_pycocotools(
     assert tested.evaluation is not None
     assert tested.evaluation.stats == tuple(direct.stats.tolist())
     printed = capsys.readouterr().out
-    assert "Average Precision" in printed
+    assert tested.evaluation.table in printed
+    scores = json.loads((tmp_path / "run" / "demo_val_scores.json").read_text())
+    assert scores["stats"] == tested.evaluation.scores
+    assert (scores["image_set"], scores["checkpoint"]) == ("demo_val", "checkpoint-0001.safetensors")
     pictures = sorted((tmp_path / "run" / "draw_demo_val").iterdir())
     assert [str(picture) in printed for picture in pictures] == [True, True]
     with Image.open(pictures[0]) as picture:
@@ -245,7 +255,7 @@ def test_without_an_evaluator_the_result_is_written(
     (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=0)
     assert tested.evaluation is None
     assert json.loads(tested.result.read_text())
-    assert "demo_val is not evaluated: pip install pycocotools" in capsys.readouterr().out
+    assert "demo_val is not evaluated: pip install hotcoco" in capsys.readouterr().out
 
 
 def test_a_chosen_epoch_and_a_chosen_file(data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

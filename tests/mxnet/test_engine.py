@@ -19,6 +19,7 @@ from config.schema import Config
 from core import detection_module, inference
 from core.engine_mxnet.engine import MxnetDetector
 from core.engine_mxnet.trainer import MxnetTrainer
+from core.trained import find_trained
 from core.weights.checkpoint import load_weights
 from tests.small_config import DEMO, SMALL_TRAINING
 from tests.small_run import records, stop_at
@@ -73,13 +74,13 @@ def test_a_run_is_that_of_torch(load: Load, monkeypatch: pytest.MonkeyPatch, tmp
     assert {name: value.shape for name, value in weights.items()} == {n: v.shape for n, v in given.items()}
 
     config = load("mxnet", is_train=False)
-    inference.test(config, path, None, 0)
+    inference.test(find_trained(path, config))
     (written,) = (tmp_path / "mxnet").glob("*result.json")
     by_torch = json.loads(written.read_text())
     called = []
     call = MxnetDetector.__call__
     monkeypatch.setattr(MxnetDetector, "__call__", lambda self, **inputs: called.append(1) or call(self, **inputs))
-    inference.test(config, path, None, 0, engine="mxnet")
+    inference.test(find_trained(path, config), engine="mxnet")
     assert called
     by_mxnet = json.loads(written.read_text())
     assert len(by_torch) == len(by_mxnet) > 0

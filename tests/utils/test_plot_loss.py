@@ -1,4 +1,4 @@
-"""Reading of the training log, and its picture."""
+"""The picture of a training log."""
 
 import json
 from pathlib import Path
@@ -35,53 +35,6 @@ def write(path: Path, *records: dict[str, object], tail: str = "") -> Path:
 def has_colour(path: Path, colour: str) -> bool:
     pixels = np.asarray(Image.open(path).convert("RGB"))
     return bool((np.abs(pixels - np.array(to_rgb(colour)) * 255).max(2) < 2).any())
-
-
-def test_lines_are_sorted_into_training_and_evaluation(tmp_path: Path) -> None:
-    log = write(tmp_path / "log.jsonl", {"event": "start"}, line(10), evaluation(10, 0.3), line(20), tail="\n")
-    train, evaluations = plot_loss.read_log(log)
-    assert [record["step"] for record in train] == [10, 20]
-    assert evaluations == [evaluation(10, 0.3)]
-
-
-def test_resumed_run_replaces_what_it_repeats(tmp_path: Path) -> None:
-    first = [line(10), evaluation(10, 0.1), line(20), line(30), evaluation(30, 0.2)]
-    log = write(tmp_path / "log.jsonl", *first, line(20, 7.0), line(30, 8.0), line(40, 9.0))
-    train, evaluations = plot_loss.read_log(log)
-    assert [(record["step"], record["cls_loss"]) for record in train] == [(10, 1), (20, 7), (30, 8), (40, 9)]
-    assert evaluations == [evaluation(10, 0.1)]
-
-
-def test_an_incomplete_last_line_is_ignored(tmp_path: Path) -> None:
-    train, _ = plot_loss.read_log(write(tmp_path / "log.jsonl", line(10), tail='{"step": 20, "cls'))
-    assert [record["step"] for record in train] == [10]
-
-
-@pytest.mark.parametrize(
-    "tail, message",
-    [
-        ("not json\n", r"log\.jsonl, line 2: Expecting value"),
-        ("[1, 2]\n", r"log\.jsonl, line 2: a JSON object was expected, got \[1, 2\]"),
-    ],
-)
-def test_other_bad_lines_are_named(tmp_path: Path, tail: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        plot_loss.read_log(write(tmp_path / "log.jsonl", line(10), tail=tail))
-
-
-def test_log_without_training_lines_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no training lines"):
-        plot_loss.read_log(write(tmp_path / "log.jsonl", {"event": "start"}))
-
-
-def test_running_mean() -> None:
-    few = np.array([3.0, 1.0, 2.0])
-    assert plot_loss._smooth(few).tolist() == [3, 1, 2]  # too few to smooth
-    ramp = np.arange(200.0)  # window 2 * (200 // 100) + 1 = 5
-    smooth = plot_loss._smooth(ramp)
-    assert smooth[:3] == pytest.approx([1, 1.5, 2])  # means of 0..2, 0..3, 0..4
-    assert smooth[100] == pytest.approx(100)
-    assert smooth[-1] == pytest.approx(198)  # mean of 197, 198, 199
 
 
 def test_picture_shows_every_series(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from config.image_set import ImageSet
-from config.schema import Config, ResizeParam
+from config.schema import Config, KvstoreParam, ResizeParam
 from core.data import loader
 from core.data.coco_index import open_index
 from core.data.dataset import DetectionDataset
@@ -282,7 +282,7 @@ def test_workers_follow_the_cores_unless_given(
 ) -> None:
     monkeypatch.setattr(loader, "usable_cpus", lambda: cores)
     given = config(())
-    given.KvstoreParam = SimpleNamespace(gpus=gpus, processes=processes)
+    given.KvstoreParam = KvstoreParam(gpus=gpus, processes=processes)
     given.General.loader_worker = None
     assert loader.num_worker(given) == expected
     for number in (0, 7):

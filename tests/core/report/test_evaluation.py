@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from core.report.evaluation import STAT_NAMES, Evaluation, detections_to_coco, evaluate, write_result
+from core.report import evaluation as evaluation_module
+from core.report.coco_files import read_found, read_truth
+from core.report.evaluation import (
+    detections_to_coco,
+    evaluate,
+    score,
+    stat_names,
+    write_result,
+    write_scores,
+)
 
 CATEGORY_IDS = (3, 7, 90)
 
@@ -54,7 +67,7 @@ def make_detections(truth: dict[str, Any], seed: int = 1) -> list[dict[str, Any]
         moved[2:] = np.maximum(moved[2:], 1)
         for box, category_id in (
             (moved, annotation["category_id"]),
-            (rng.uniform(1, 300, 4), rng.choice(CATEGORY_IDS)),
+            (rng.uniform(1, 300, 4), rng.choice([c["id"] for c in truth["categories"]])),
         ):
             detections.append(
                 {
@@ -74,6 +87,19 @@ def direct(truth_path: Path, result_path: Path) -> COCOeval:
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
+    return evaluator
+
+
+def direct_from(truth: dict[str, Any], detections: list[dict[str, Any]]) -> COCOeval:
+    """Evaluate with pycocotools from memory, silently."""
+    with redirect_stdout(io.StringIO()):
+        dataset = COCO()
+        dataset.dataset = truth
+        dataset.createIndex()
+        evaluator = COCOeval(dataset, dataset.loadRes(detections) if detections else COCO(), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+        evaluator.summarize()
     return evaluator
 
 
@@ -99,17 +125,122 @@ def test_numbers_equal_those_of_pycocotools_to_the_last_digit(
     assert from_list.stats == from_file.stats == tuple(expected.stats)
     assert expected.stats[0] == from_list.AP
     assert detections == unchanged
-    printed = capsys.readouterr().out
-    assert all(line in from_list.table for line in printed.splitlines() if "=" in line and "t=" not in line)
-    for k, (name, ap) in enumerate(from_list.class_ap[:2]):
-        assert name == f"class {CATEGORY_IDS[k]}"
+    for k, row in enumerate(from_list.classes[:2]):
+        assert row.name == f"class {CATEGORY_IDS[k]}"
         only = COCOeval(expected.cocoGt, expected.cocoDt, "bbox")
         only.params.catIds = [CATEGORY_IDS[k]]
         only.evaluate()
         only.accumulate()
         only.summarize()
-        assert ap == only.stats[0]
-    assert from_list.class_ap[2] == ("class 90", -1.0)
+        assert (only.stats[0], only.stats[1]) == (row.AP, row.AP50)
+        boxes = [a for a in truth["annotations"] if a["category_id"] == CATEGORY_IDS[k] and not a["iscrowd"]]
+        assert (row.num_box, row.num_image) == (len(boxes), len({a["image_id"] for a in boxes}))
+    empty = from_list.classes[2]
+    assert (empty.name, empty.AP, empty.AP50, empty.num_box, empty.num_image) == ("class 90", -1.0, -1.0, 0, 0)
+
+
+def box(draw: st.DrawFn) -> list[float]:
+    """Return a box on a coarse grid, so that IoUs and areas often lie on a threshold, or with any float."""
+    grid = st.integers(0, 12).map(lambda v: 8.0 * v)
+    return [draw(st.one_of(grid, st.floats(0.0, 120.0))) for _ in range(4)]
+
+
+@st.composite
+def image_sets(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return annotations, some without area, iscrowd or a usable id, and detections in some of their images."""
+    image_ids = draw(st.lists(st.integers(-3, 50), min_size=1, max_size=4, unique=True))
+    category_ids = draw(st.lists(st.integers(0, 90), min_size=1, max_size=3, unique=True))
+    ids = st.fixed_dictionaries({"image_id": st.sampled_from(image_ids), "category_id": st.sampled_from(category_ids)})
+    boxes = st.composite(box)()
+    optional = {"area": st.sampled_from([0.0, 1024.0, 9216.0, 9216.5]), "iscrowd": st.integers(0, 1)}
+    optional["id"] = st.sampled_from([0, 1, "a", "b", -1])
+    annotation = st.tuples(ids, st.fixed_dictionaries({"bbox": boxes}, optional=optional)).map(lambda t: t[0] | t[1])
+    scores = st.one_of(st.sampled_from([0.25, 0.5, 1.0]), st.floats(0.0, 1.0))
+    detection = st.tuples(ids, st.fixed_dictionaries({"bbox": boxes, "score": scores})).map(lambda t: t[0] | t[1])
+    truth = {
+        "images": [{"id": i} for i in image_ids],
+        "categories": [{"id": i, "name": f"class {i}"} for i in category_ids],
+        "annotations": draw(st.lists(annotation, min_size=1, max_size=12)),
+    }
+    return truth, draw(st.lists(detection, max_size=24))
+
+
+@settings(deadline=None, max_examples=150)
+@given(image_sets(), st.sampled_from([11, 100, 300]))
+def test_hotcoco_and_pycocotools_agree_to_the_last_bit(
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[dict[str, Any], list[dict[str, Any]]], max_det: int
+) -> None:
+    """Precision and recall of every threshold, class and area, and with them every number that is printed."""
+    path = write_json(tmp_path_factory.getbasetemp() / "truth.json", drawn[0])
+    truth = read_truth(path)
+    found = read_found(drawn[1], truth)
+    max_dets = (1, 10, max_det)
+    ours = evaluation_module.accumulate_hotcoco(truth, found, max_dets)
+    theirs = evaluation_module.accumulate_pycocotools(truth, found, max_dets)
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    assert (stats := score(truth, found, max_det).stats)[0] == evaluation_module._mean(theirs[0][:, :, :, 0, -1])
+    if max_det == 100:
+        numbered = [a | {"id": i} for i, a in enumerate(drawn[0]["annotations"], start=1)]
+        complete = [{"area": a["bbox"][2] * a["bbox"][3], "iscrowd": 0} | a for a in numbered]
+        expected = direct_from(drawn[0] | {"annotations": complete}, drawn[1])
+        assert stats == tuple(expected.stats)
+
+
+def test_without_hotcoco_pycocotools_gives_the_same_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = make_truth(3)
+    path = write_json(tmp_path / "truth.json", truth)
+    expected = evaluate(path, make_detections(truth), 300)
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    assert evaluate(path, make_detections(truth), 300) == expected
+    assert evaluation_module.can_evaluate()
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    assert not evaluation_module.can_evaluate()
+
+
+def test_as_many_detections_count_as_the_test_kept(tmp_path: Path) -> None:
+    """An image with one box, found by its detection 101 only."""
+    truth = one_box_each()
+    truth["annotations"] = truth["annotations"][:1]
+    path = write_json(tmp_path / "truth.json", truth)
+    wrong = {"image_id": 1, "category_id": 5, "bbox": [200, 200, 9, 9]}
+    detections = [*(wrong | {"score": 0.9} for _ in range(100)), perfect((1,))[0] | {"score": 0.1}]
+    standard, more = evaluate(path, detections), evaluate(path, detections, 300)
+    assert (standard.AP, standard.scores["AR100"]) == (0.0, 0.0)
+    assert pytest.approx(1 / 101) == more.AP
+    assert more.scores["AR300"] == 1.0
+    assert "AR300 1.000" in more.table
+    assert "at most 300 of a class in an image count" in more.table
+    assert evaluate(path, detections, 5).max_det == 100
+
+
+def test_the_table_fits_100_columns_and_has_one_scale(tmp_path: Path) -> None:
+    truth = make_truth(2, num_image=40)
+    truth["categories"] = [{"id": i, "name": f"a class of birds {i}"} for i in range(1, 81)]
+    for annotation in truth["annotations"]:
+        annotation["category_id"] = 1 + annotation["id"] % 79
+    evaluation = evaluate(write_json(tmp_path / "truth.json", truth), make_detections(truth))
+    lines = evaluation.table.splitlines()
+    assert max(map(len, lines)) <= 100
+    for row in evaluation.classes:
+        shown = "    -" if row.AP < 0 else f"{row.AP:.3f}"
+        assert f"{row.name:<19} {shown}" in evaluation.table
+    for name, value in evaluation.scores.items():
+        assert f"{name:<5} {value:.3f}" in evaluation.table
+
+
+def test_scores_are_written_by_name(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "truth.json", one_box_each())
+    evaluation = evaluate(path, perfect((1, 3)))
+    write_scores(tmp_path / "birds_scores.json", evaluation, "birds", "checkpoint-0003.safetensors")
+    content = json.loads((tmp_path / "birds_scores.json").read_text())
+    assert content["stats"] == evaluation.scores
+    assert content["classes"] == [
+        {"name": "cat", "AP": evaluation.AP, "AP50": evaluation.scores["AP50"], "num_box": 3, "num_image": 3}
+    ]
+    assert (content["image_set"], content["checkpoint"]) == ("birds", "checkpoint-0003.safetensors")
+    assert (content["max_det"], content["num_image"], content["num_detection"]) == (100, 3, 2)
+    assert sorted(os.listdir(tmp_path)) == ["birds_scores.json", "truth.json"]
 
 
 def one_box_each(**changes: Any) -> dict[str, Any]:
@@ -125,15 +256,11 @@ def perfect(image_ids: tuple[int, ...]) -> list[dict[str, Any]]:
     return [{"image_id": i, "category_id": 5, "bbox": [10, 10, 40, 40], "score": 0.9} for i in image_ids]
 
 
-def stats_of(result: Evaluation) -> dict[str, float]:
-    return dict(zip(STAT_NAMES, result.stats, strict=True))
-
-
 def test_annotations_without_id_area_and_iscrowd(tmp_path: Path) -> None:
     """All found: 1. 40 * 40 = 1600 lies between 32^2 and 96^2, so it is medium; there is nothing small or large."""
     path = write_json(tmp_path / "truth.json", one_box_each())
-    stats = stats_of(evaluate(path, perfect((1, 2, 3))))
-    assert stats == {name: -1.0 if name[-1] in "sl" else 1.0 for name in STAT_NAMES}
+    stats = evaluate(path, perfect((1, 2, 3))).scores
+    assert stats == {name: -1.0 if name[-1] in "sl" else 1.0 for name in stat_names()}
 
 
 def test_an_annotation_with_id_0_counts(tmp_path: Path) -> None:
@@ -148,9 +275,9 @@ def test_ap_of_two_thirds_by_hand(tmp_path: Path) -> None:
     path = write_json(tmp_path / "truth.json", one_box_each())
     result = evaluate(path, perfect((1, 3)))
     assert pytest.approx(67 / 101) == result.AP
-    assert stats_of(result)["AR100"] == pytest.approx(2 / 3)
-    assert result.class_ap[0] == ("cat", result.AP)
-    assert "cat  66.3" in result.table
+    assert result.scores["AR100"] == pytest.approx(2 / 3)
+    assert (result.classes[0].name, result.classes[0].AP) == ("cat", result.AP)
+    assert "cat   0.663 0.663       3" in result.table
 
 
 def test_no_detections_score_zero(tmp_path: Path) -> None:
@@ -158,8 +285,8 @@ def test_no_detections_score_zero(tmp_path: Path) -> None:
     write_result(tmp_path / "result.json", [])
     for result in (evaluate(path, []), evaluate(path, tmp_path / "result.json")):
         assert set(result.stats) == {0.0}
-        assert result.class_ap[0] == ("class 3", 0.0)
-        assert result.table.startswith("nothing was detected")
+        assert (result.classes[0].name, result.classes[0].AP) == ("class 3", 0.0)
+        assert "nothing was detected" in result.table
 
 
 def test_detections_become_coco_entries() -> None:
@@ -237,10 +364,10 @@ def test_result_files_of_another_format_are_refused(tmp_path: Path) -> None:
         evaluate(path, tmp_path / "nothing.json")
 
 
-def test_training_and_testing_do_not_need_pycocotools() -> None:
-    """Only the computation of AP imports it."""
+def test_training_and_testing_import_no_evaluator() -> None:
+    """Only the computation of AP does."""
     script = (
-        "import sys; sys.modules['pycocotools'] = None\n"
+        "import sys; sys.modules['pycocotools'] = sys.modules['hotcoco'] = None\n"
         "import core.detection_module, core.inference, core.report.evaluation, detection_train, detection_test\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[3])

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 import pytest
 
+from core.run.experiment import GRAPH_FILE
 from core.weights.checkpoint import STATE_SUFFIX, WEIGHTS_SUFFIX, latest
 from tests.small_config import DEMO, SMALL_TRAINING
 from utils.make_demo_dataset import make_demo_dataset
@@ -228,7 +229,7 @@ def test_a_run_that_is_killed_fifty_times_ends_in_the_same_bytes(
     assert set(whole.files) == {
         f"checkpoint-{epoch:04d}{suffix}"
         for epoch, suffix in ((2, WEIGHTS_SUFFIX), (END_EPOCH, WEIGHTS_SUFFIX), (END_EPOCH, STATE_SUFFIX))
-    }
+    } | {GRAPH_FILE}
     chance, kills, runs = random.Random(5), Counter[str](), 0
     while kills.total() < KILLS or min(kills[phase] for phase in PHASES) < LEAST:
         folder = lives_until_killed(start, tmp_path, f"run{runs}", whole, kills, chance)

@@ -333,7 +333,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     metadata = {"necklace": json.dumps({"format_version": FORMAT_VERSION + 1})}
     safetensors.torch.save_file(make_weights(0), tmp_path / "checkpoint-0001.safetensors", metadata)
     with pytest.raises(
-        ValueError, match=f"has checkpoint format {FORMAT_VERSION + 1}, this program reads {FORMAT_VERSION}"
+        ValueError, match=f"has checkpoint format {FORMAT_VERSION + 1}, this program reads 2 and {FORMAT_VERSION}"
     ):
         find_weights(tmp_path)
 

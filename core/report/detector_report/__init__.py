@@ -1,0 +1,1 @@
+"""The report of a test: what a detector finds, misses and confuses, as one HTML file."""

@@ -1,0 +1,1 @@
+"""Building blocks of self-contained HTML pages: text and tables (html), charts (svg), one style sheet (page.css)."""

@@ -1,0 +1,96 @@
+"""Detection in large images by tiles: cutting, and joining of the tiles' detections.
+
+T tiles; D detections of a tile or an image. Boxes are xyxy with inclusive corners.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+EDGE = 2.0  # pixels: a box that ends this near to a cut may go on behind it
+PART = 0.5  # a cut box is dropped if this share of it lies inside of another box of its class
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A part of an image, in pixels of the image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, pixels: np.ndarray) -> np.ndarray:
+        """Return the tile's pixels."""
+        return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+def cut(height: int, width: int, tile: int | None, overlap: int) -> list[Tile]:
+    """Return the tiles of an image: the whole image, and, if it is larger than a tile, tiles that cover it.
+
+    Tiles have the side `tile`, or the image's if that is shorter, and overlap by at least `overlap` pixels. The whole
+    image finds the objects that are larger than the overlap, which no tile may have in one piece.
+    """
+    whole = Tile(0, 0, height, width)
+    if tile is None or max(height, width) <= tile:
+        return [whole]
+    rows, columns = _starts(height, tile, overlap), _starts(width, tile, overlap)
+    parts = [Tile(top, left, min(tile, height), min(tile, width)) for top in rows for left in columns]
+    return [whole, *parts]
+
+
+def _starts(side: int, tile: int, overlap: int) -> list[int]:
+    """Return the first pixels of the tiles along one side, evenly spread."""
+    if side <= tile:
+        return [0]
+    count = -(-(side - overlap) // (tile - overlap))
+    return [round(i * (side - tile) / (count - 1)) for i in range(count)]
+
+
+def join(parts: Sequence[tuple[Tile, np.ndarray]], size: tuple[int, int], *, thr: float, max_det: int) -> np.ndarray:
+    """Return the detections of an image from those of its tiles, best first: (D, 6) x1, y1, x2, y2, score, class.
+
+    Greedy NMS per class over all tiles, with two differences. Boxes that end at a cut come after all others, as they
+    may be a part of an object that another tile has as a whole; and they are dropped if most of their area lies inside
+    of a box that is kept, however large that is.
+
+    parts: the tiles with their detections (D, 6) in pixels of the tile. size: height and width of the image. thr: IoU
+    from which NMS drops a box.
+    """
+    rows, is_cut = [], []
+    for tile, found in parts:
+        shifted = found + np.array([tile.left, tile.top, tile.left, tile.top, 0, 0], found.dtype)
+        rows.append(shifted)
+        is_cut.append(_ends_at_cut(shifted[:, :4], tile, size))
+    found, cut_off = np.concatenate(rows), np.concatenate(is_cut)
+    kept: list[int] = []
+    for i in np.lexsort((-found[:, 4], cut_off)):
+        others = [k for k in kept if found[k, 5] == found[i, 5]]
+        if not _is_covered(found[i, :4], found[others, :4], bool(cut_off[i]), thr):
+            kept.append(int(i))
+    best = found[kept]
+    return best[np.argsort(-best[:, 4], kind="stable")][:max_det]
+
+
+def _ends_at_cut(boxes: np.ndarray, tile: Tile, size: tuple[int, int]) -> np.ndarray:
+    """Return (D,) bool: True for boxes that end at an edge of the tile that is not one of the image."""
+    x1, y1, x2, y2 = boxes.T
+    bottom, right = tile.top + tile.height, tile.left + tile.width
+    at_cut = (tile.left > 0) & (x1 <= tile.left + EDGE)
+    at_cut |= (tile.top > 0) & (y1 <= tile.top + EDGE)
+    at_cut |= (right < size[1]) & (x2 >= right - 1 - EDGE)
+    return at_cut | ((bottom < size[0]) & (y2 >= bottom - 1 - EDGE))
+
+
+def _is_covered(box: np.ndarray, others: np.ndarray, is_cut: bool, thr: float) -> bool:
+    """Return whether NMS drops a box (4,) for one of `others` (D, 4)."""
+    if not len(others):
+        return False
+    corners = np.column_stack([np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])])
+    sides = np.maximum(corners[:, 2:] - corners[:, :2] + 1, 0)
+    shared, area = sides.prod(axis=1), np.prod(box[2:] - box[:2] + 1)
+    union = area + (others[:, 2:] - others[:, :2] + 1).prod(axis=1) - shared
+    return bool((shared > thr * union).any() or (is_cut and (shared >= PART * area).any()))
