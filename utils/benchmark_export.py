@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -70,8 +71,9 @@ The demo is trained. The published configs have their full size and random weigh
   {beta[0]:g} with a deviation of {beta[1]:g};
 - the initial weights of the last box convolution are multiplied by {bbox:g}, for boxes of ordinary sizes.
 
-With a beta of 0 no two engines would agree: in a random network each normalized layer then enlarges rounding errors
-about 1.2 times, and torch's float32 differs from torch's float64 by more than is allowed here.
+Beta is not 0, as it is before training: then each normalized layer of a random network enlarges rounding errors about
+1.2 times, and in the 640 FPN float32 and float64 differ, in torch itself, by about as much as is allowed here.
+Times are of one pass over the images; the load average says what else the machine did.
 
 {machine}
 
@@ -155,6 +157,7 @@ def write_page(rows: list[list[str]], path: Path) -> None:
     for name in ENGINES:
         if importlib.util.find_spec(name) is not None:
             versions.append(f"{name} {importlib.import_module(name).__version__}")
+    load = os.getloadavg()[0]
     text = TEXT.format(
         box=Tolerance.box,
         score=Tolerance.score,
@@ -162,7 +165,7 @@ def write_page(rows: list[list[str]], path: Path) -> None:
         gamma=GAMMA,
         beta=BETA,
         bbox=BBOX_SCALE,
-        machine=f"{processor()}, {torch.get_num_threads()} threads; {', '.join(versions)}.",
+        machine=f"{processor()}, {torch.get_num_threads()} threads, load average {load:.1f}; {', '.join(versions)}.",
         table="\n".join(f"| {' | '.join(cells)} |" for cells in lines),
     )
     with atomic_file(path) as handle:

@@ -54,7 +54,7 @@ def of_image_set(config: Config, image_set: str | ImageSet, portrait: bool, most
             raise ValueError(record.message)
         batches.append(_batch(record))
     scored = can_evaluate() and index.has_annotation and any(index.has_box[rows])
-    return Images(index.image_set.name, batches, _scorer(index, batches) if scored else None)
+    return Images(index.image_set.name, batches, _scorer(config, index, batches) if scored else None)
 
 
 def of_folder(config: Config, folder: Path, portrait: bool, most: int) -> Images:
@@ -109,7 +109,7 @@ def _batch(record: Record) -> Batch:
     }
 
 
-def _scorer(index: CocoIndex, batches: Sequence[Batch]) -> Score:
+def _scorer(config: Config, index: CocoIndex, batches: Sequence[Batch]) -> Score:
     """Return the function from detections of these images to AP: that of the images alone, not of the whole set."""
     from core.inference import coco_entries
 
@@ -122,6 +122,7 @@ def _scorer(index: CocoIndex, batches: Sequence[Batch]) -> Score:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "annotations.json"
             path.write_text(json.dumps(truth), encoding="utf-8")
-            return evaluate(path, list(coco_entries(detections, index.category_ids))).AP
+            entries = list(coco_entries(detections, index.category_ids))
+            return evaluate(path, entries, config.TestParam.max_det_per_image).AP
 
     return score

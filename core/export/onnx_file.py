@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,15 +27,17 @@ def export_onnx(
     out: str | Path,
     *,
     class_names: Sequence[str] = (),
+    provenance: Mapping[str, str] | None = None,
     raw: bool = False,
     portrait: bool = False,
     certificate: Callable[[bytes], Certificate] | None = None,
 ) -> Certificate | None:
     """Write the detector of a config to an ONNX file; for its inputs and outputs see `detector_graph.detector_model`.
 
-    weights: parameters and auxiliary states by name. class_names: () for those of the config's image sets. certificate:
-    returns the certificate of the file's content, for its metadata and for `<out>.certificate.txt`; both files are
-    written when everything has been computed, also if the tolerances are not met.
+    weights: parameters and auxiliary states by name. class_names: () for those of the config's image sets. provenance:
+    origin of the weights, for the metadata. certificate: returns the certificate of the file's content, for its
+    metadata and for `<out>.certificate.txt`; both files are written when everything has been computed, also if the
+    tolerances are not met.
 
     Raises ValueError for what cannot be exported, for weights of another network, and if a package is missing; OSError
     if a file cannot be written.
@@ -48,9 +51,12 @@ def export_onnx(
     certified = None if certificate is None else certificate(model.SerializeToString())
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    extra = {"provenance": json.dumps(provenance)} if provenance else {}
     if certified is not None:
-        entry = model.metadata_props.add()
-        entry.key, entry.value = "certificate", certified.to_json()
+        extra["certificate"] = certified.to_json()
+    for key, value in extra.items():
+        model.metadata_props.add(key=key, value=value)
+    if certified is not None:
         with atomic_file(f"{out}{CERTIFICATE_SUFFIX}") as handle:
             handle.write(certified.text().encode())
     with atomic_file(out) as handle:

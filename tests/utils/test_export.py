@@ -12,7 +12,10 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from config.description import describe
+from config.image_set import resolve
 from config.load import load_config
+from core.data.coco_index import open_index
 from core.weights.checkpoint import Progress, epoch_stem, save_checkpoint
 from symbol import lower
 from tests.small_config import DEMO, SMALL_NETWORK
@@ -35,7 +38,9 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     module.get_parameter("cls_pred_bias").data.fill_(1.0)  # scores of 0.7
     progress = Progress(epoch=2, step=5, seed=0, experiment="run", class_names=CLASSES)
     (tmp_path / "run").mkdir()
-    save_checkpoint(tmp_path / "run", epoch_stem(2), module.state_dict(), {}, progress)
+    training = load_config(DEMO, True, [*SETTINGS, *places])
+    description = describe(training, [open_index(resolve("demo_train", str(tmp_path / "data")))], {"torch": "2"})
+    save_checkpoint(tmp_path / "run", epoch_stem(2), module.state_dict(), {}, progress, description=description)
     return ["--config", str(DEMO), *(word for one in [*SETTINGS, *places] for word in ("--set", one))]
 
 
@@ -51,6 +56,22 @@ def test_the_newest_checkpoint_is_exported_beside_it(
     metadata = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == list(CLASSES)
     assert json.loads(metadata["certificate"])["problems"] == []
+
+
+def test_an_experiment_needs_no_config(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "detector.onnx"
+    images = str(tmp_path / "data" / "demo" / "images" / "val")
+    assert export.main(["--experiment", str(tmp_path / "run"), "--images", images, "--out", str(out)]) == 0
+    metadata = onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list(CLASSES)
+    assert json.loads(metadata["nms"])["max_detections"] == 10  # as it was trained
+    provenance = json.loads(metadata["provenance"])
+    assert provenance["checkpoint"] == "checkpoint-0002.safetensors"
+    assert "trained on demo_train" in provenance
+    with pytest.raises(ValueError, match="expected a trained detector"):
+        export.main([])
 
 
 def test_images_of_a_folder_and_another_file(arguments: list[str], tmp_path: Path) -> None:
@@ -80,7 +101,7 @@ def test_a_file_that_is_not_the_same_detector_ends_with_status_1(
     [
         (["--num-images", "0"], "--num-images: expected 1 or more"),
         (["--images", "none"], "no folder none"),
-        (["--checkpoint", "none.safetensors"], "no file none.safetensors"),
+        (["--checkpoint", "none.safetensors"], "none.safetensors does not exist"),
         (["--set", "TestParam.nms.type=soft_gaussian"], "export with --raw"),
     ],
 )

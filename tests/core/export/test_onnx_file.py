@@ -305,8 +305,8 @@ def test_nms_is_that_of_testing_to_the_order_of_equal_scores(engine: str, thr: f
     config = load(*SMALL_NETWORK, *limits)
     N, M, C = 3, 60, 2
     rng = np.random.default_rng(max_det)
-    corner = rng.integers(0, 8, (N, M, 2)) * 5
-    bbox = np.concatenate([corner, corner + rng.choice([9, 19], (N, M, 2))], axis=2).astype(np.float32)
+    corner = rng.integers(0, 12, (N, M, 2))
+    bbox = np.concatenate([corner, corner + rng.choice([1, 2, 4, 9], (N, M, 2))], axis=2).astype(np.float32)
     score = rng.integers(0, 100, (N, M)).astype(np.float32) / 100
     cls_score = np.zeros((N, M, C + 1), np.float32)
     np.put_along_axis(cls_score, rng.integers(1, C + 1, (N, M, 1)), score[..., None], axis=2)

@@ -200,12 +200,15 @@ def proposal(stride: int, top_n: int, thresh: float) -> Symbol:
 @pytest.mark.parametrize("N", BATCHES)
 @pytest.mark.parametrize("top_n, thresh", [(7, 0.0), (30, 0.5), (200, 0.9), (1000, 0.3)])
 def test_candidates(N: int, top_n: int, thresh: float) -> None:
-    """Scores have two decimals, so that many are equal; boxes reach beyond the image, some deltas beyond the cap."""
+    """Scores have two decimals, so that many are equal; boxes reach beyond the image, some deltas beyond the cap.
+
+    Only the first image is large enough for the boxes of such deltas.
+    """
     rng = np.random.default_rng(N)
     inputs = {
         "prob": rng.integers(0, 100, (N, 4 * 3, 5, 6)).astype(np.float32) / 100,
         "delta": rng.standard_normal((N, 16, 5, 6), np.float32) * 2,
-        "im_info": np.array([[37, 45, 1], [30, 20, 0.5], [40, 48, 2]], np.float32)[:N],
+        "im_info": np.array([[5000, 6000, 1], [30, 20, 0.5], [40, 48, 2]], np.float32)[:N],
     }
     expected, got = run_both(proposal(8, top_n, thresh), inputs)
     assert (expected[1] > 0).any()
