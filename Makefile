@@ -25,7 +25,7 @@ STRICT = $(shell test -e $(BUILT)/necklace_cpu.so && echo NECKLACE_OPS=compiled)
 help:
 	@echo "make env       the environment in $(VENV) (PYTHON=, TORCH= choose interpreter and torch)"
 	@echo "make ops       compile the operators for this machine (python3 operator_cxx/build.py --help: settings)"
-	@echo "make demo      draw a data set, train a small detector on it, test it, draw what it finds"
+	@echo "make demo      draw a data set, train a small detector on it, test it, report, export it to ONNX"
 	@echo "make test      lint, types, tests and, where there is nvcc, the CUDA kernels for all GPUs"
 	@echo "make sanitize  test the compiled operators for memory errors, undefined behaviour and data races"
 	@echo "make portable  run the numeric tests as other processors would: other instructions, one core and two"
@@ -92,8 +92,9 @@ demo: ops
 	rm -rf "experiments/$(DEMO)"
 	$(BIN)/python utils/make_demo_dataset.py --out data/demo
 	$(BIN)/python detection_train.py --config "config/demo/$(DEMO).py"
-	$(BIN)/python detection_test.py --config "config/demo/$(DEMO).py" --draw 12
+	$(BIN)/python detection_test.py --experiment "experiments/$(DEMO)" --draw 12 --report
 	$(BIN)/python utils/plot_loss.py "experiments/$(DEMO)/log.jsonl"
+	$(BIN)/python utils/export.py --experiment "experiments/$(DEMO)" --format onnx
 
 bench: ops
 	$(BIN)/python utils/benchmark_step.py --config "config/demo/$(DEMO).py"
