@@ -141,8 +141,8 @@ def import_torchvision() -> Any:
         raise PeerMissingError(f"torchvision is not installed: {INSTALL}") from None
     except RuntimeError:  # "operator torchvision::nms does not exist": its library was not loaded
         raise PeerMissingError(
-            "torchvision cannot load its operators: it is for another build of torch; install both from one index, "
-            "such as https://download.pytorch.org/whl/cpu"
+            "torchvision cannot load its operators: it is for another build of torch; install both from one "
+            "index of packages"
         ) from None
     return torchvision
 
