@@ -49,7 +49,9 @@ class Found:
 
     path: str | None  # None for an image that was given as an array
     image: np.ndarray  # (H, W, 3) uint8 RGB
-    boxes: np.ndarray  # (D, 4) float32 xyxy, exclusive corners, pixels of the image
+    # (D, 4) float32 xyxy, exclusive corners, pixels of the image; of an image that is enlarged to the input they may end
+    # less than a pixel behind its edge, as in the original system
+    boxes: np.ndarray
     scores: np.ndarray  # (D,) float32
     class_ids: np.ndarray  # (D,) int64, 0..K-1: places in class_names
     class_names: tuple[str, ...]  # (K,) of the detector

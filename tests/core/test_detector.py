@@ -77,6 +77,18 @@ def test_batches_change_nothing_but_rounding(experiment: Path, pictures: list[Pa
         np.testing.assert_allclose(single.scores, batched.scores, rtol=1e-4)
 
 
+def test_portrait_and_landscape_images_in_one_batch(experiment: Path) -> None:
+    wide = ["ResizeParam.short=128", "ResizeParam.long=256"]
+    one, three = (Detector(experiment, device="cpu", min_score=0, batch_image=n, settings=wide) for n in (1, 3))
+    images = [noise(100, 200, 1), noise(200, 100, 2), noise(90, 180, 3), noise(256, 128, 4)]
+    for single, batched, image in zip(one(images), three(images), images, strict=True):
+        np.testing.assert_array_equal(batched.image, image)
+        np.testing.assert_allclose(single.scores, batched.scores, rtol=1e-4)
+        assert batched.boxes[:, 2].max() > 0.5 * image.shape[1]
+        assert batched.boxes[:, 3].max() > 0.5 * image.shape[0]
+        assert (batched.boxes[:, 2:] < np.array([image.shape[1], image.shape[0]]) + 1).all()
+
+
 def test_min_score_and_settings(experiment: Path, pictures: list[Path]) -> None:
     every = Detector(experiment, device="cpu", min_score=0)(pictures[0])
     middle = float(np.median(every.scores))
