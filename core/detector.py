@@ -49,8 +49,8 @@ class Found:
 
     path: str | None  # None for an image that was given as an array
     image: np.ndarray  # (H, W, 3) uint8 RGB
-    # (D, 4) float32 xyxy, exclusive corners, pixels of the image; of an image that is enlarged to the input they may end
-    # less than a pixel behind its edge, as in the original system
+    # (D, 4) float32 xyxy, exclusive corners, pixels of the image; in an image that is enlarged to the input they end up
+    # to a pixel behind its edge, as in the original system
     boxes: np.ndarray
     scores: np.ndarray  # (D,) float32
     class_ids: np.ndarray  # (D,) int64, 0..K-1: places in class_names
