@@ -96,6 +96,19 @@ def test_result_and_ap_are_those_of_pycocotools(
         assert picture.width > 900  # two panels
 
 
+def test_as_many_detections_are_evaluated_as_are_kept(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load(data_root, tmp_path, "TestParam.max_det_per_image=300", "TestParam.min_det_score=0")
+    save_untrained(config)
+    (tested,) = run_test(config, checkpoint=None, epoch=None, num_draw=0)
+    assert max(len(image.score) for image in tested.detections) == 300
+    assert "at most 300 of a class in an image count" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "run" / "demo_val_scores.json").read_text())
+    assert scores["max_det"] == 300
+    assert "AR300" in scores["stats"]
+
+
 def test_boxes_lie_in_the_original_image(data_root: Path, tmp_path: Path) -> None:
     config = load(data_root, tmp_path)
     save_untrained(config)

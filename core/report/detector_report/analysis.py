@@ -88,10 +88,8 @@ class Analysis:
         for number, box in numbers["dt_match"].items():
             box_of[rows[number - 1]] = box - 1
         is_found, is_missed = np.zeros((2, len(self.truth.boxes)), dtype=bool)
-        for number, value in numbers["gt_status"].items():
+        for number, value in numbers["gt_status"].items():  # crowds are not among them
             (is_found if value == "matched" else is_missed)[number - 1] = True
-        is_found &= ~self.truth.boxes.crowd
-        is_missed &= ~self.truth.boxes.crowd
         return Match(
             status,
             box_of,
