@@ -51,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from core.inference import DRAW_SCORE, test
     from core.trained import find_trained
 
+    engine = choose_engine(parsed.engine)
+    if config is not None:
+        engine.select_device(config, is_train=False)  # what the engine refuses, before weights are looked for
     trained = find_trained(
         parsed.checkpoint or parsed.experiment,
         config,
@@ -59,7 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_mismatch=parsed.allow_mismatch,
     )
     draw_score = DRAW_SCORE if parsed.min_score is None else parsed.min_score
-    engine = choose_engine(parsed.engine)
     if parsed.images:
         from core.detect_files import detect_files
 
