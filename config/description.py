@@ -115,12 +115,12 @@ def _number(value: Any) -> int:
 
 def describe(config: Config, indexes: Sequence[CocoIndex], versions: Mapping[str, str]) -> Description:
     """Return the description of the detector that a config trains on the image sets of `indexes`."""
-    resize = config.test_transform.sample[1]
+    resize, fit = _resize(config)
     return Description(
         graph=json.dumps(json.loads(config.ModelParam.test_symbol.tojson()), separators=(",", ":")),
         settings=tuple(f"{key}={value!r}" for key, value in detector_settings(config).items()),
-        resize=type(resize).__name__,
-        fit=(resize.p.short, resize.p.long),
+        resize=resize,
+        fit=fit,
         class_names=indexes[0].class_names,
         category_ids=indexes[0].category_ids,
         config=config.source,
@@ -128,6 +128,14 @@ def describe(config: Config, indexes: Sequence[CocoIndex], versions: Mapping[str
         test_sets=tuple(resolve(one, config.DatasetParam.data_root) for one in config.TestParam.image_set),
         versions=versions,
     )
+
+
+def _resize(config: Config) -> tuple[str, tuple[int, ...]]:
+    """Return the name of the transform that resizes test images, and the sides that it fits them into; () for a user's
+    own class."""
+    sample = config.test_transform.sample
+    name = type(sample[1]).__name__ if len(sample) > 1 else "nothing"
+    return name, (sample[1].p.short, sample[1].p.long) if name in TEST_RESIZES else ()
 
 
 def _data_set(index: CocoIndex) -> DataSet:
@@ -216,15 +224,15 @@ def differences(description: Description, config: Config) -> list[Difference]:
     apply_overrides(reference, description.settings)
     trained, now = detector_settings(reference), detector_settings(config)
     found = [Difference(key, trained[key], now[key]) for key in now if trained[key] != now[key]]
-    resize = config.test_transform.sample[1]
-    if (type(resize).__name__, (resize.p.short, resize.p.long)) != (description.resize, description.fit):
-        is_size = type(resize).__name__ == description.resize and description.fit == (
-            reference.ResizeParam.short,
-            reference.ResizeParam.long,
+    resize, fit = _resize(config)
+    size = (reference.ResizeParam.short, reference.ResizeParam.long)
+    # where the input's size is all that differs, ResizeParam says so already
+    if resize != description.resize or (fit != description.fit and description.fit != size):
+        shown = (
+            f"{name} to {', '.join(map(str, sides))}"
+            for name, sides in ((description.resize, description.fit), (resize, fit))
         )
-        if not is_size:  # otherwise ResizeParam says so already
-            shown = f"{type(resize).__name__} to {resize.p.short}, {resize.p.long}"
-            found.append(Difference("resize", f"{description.resize} to {', '.join(map(str, description.fit))}", shown))
+        found.append(Difference("resize", *shown))
     names = config.DatasetParam.class_names
     if names and names != description.class_names:
         found.append(Difference("class_names", description.class_names, names))

@@ -49,6 +49,9 @@ def detect_files(
     anything is written.
     """
     images, videos = find_files(paths)
+    names = _picture_names(images)
+    if taken := {(out / name).resolve() for name in names} & {path.resolve() for path in (*images, *videos)}:
+        raise ValueError(f"--out {out}: a picture would overwrite the image {min(taken)}; name another folder")
     detector = Detector.of(trained, device, min_score=min_score, flip=flip)
     for line in trained.notes:
         print(line)
@@ -60,7 +63,6 @@ def detect_files(
         skipped.append(Path(str(picture)))
         print(f"skipped {picture}: {error}", file=sys.stderr)
 
-    names = _picture_names(images)
     order = {str(path): number for number, path in enumerate(images)}
     drawn = 0
     for found in progress(detector.stream(images, tile=tile, overlap=overlap, skip=skip), len(images), "images"):
@@ -108,12 +110,14 @@ def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
 
 def _picture_names(images: Sequence[Path]) -> list[str]:
     """Return a file name for the picture of each image; images of one name in different folders get a number."""
-    count: dict[str, int] = {}
-    names = []
+    names: dict[str, None] = {}
     for path in images:
-        seen = count[path.stem] = count.get(path.stem, 0) + 1
-        names.append(f"{path.stem}.jpg" if seen == 1 else f"{path.stem}-{seen}.jpg")
-    return names
+        name, number = f"{path.stem}.jpg", 1
+        while name in names:
+            number += 1
+            name = f"{path.stem}-{number}.jpg"
+        names[name] = None
+    return list(names)
 
 
 def _entries(found: Found, image_id: int, file_name: str) -> Iterator[dict[str, Any]]:

@@ -65,6 +65,10 @@ class Found:
     def __len__(self) -> int:
         return len(self.scores)
 
+    def __repr__(self) -> str:
+        best = f", best {self.names[0]} {self.scores[0]:.2f}" if len(self) else ""
+        return f"<Found {len(self)} in {self.path or 'an array'}{best}>"
+
     def draw(self, min_score: float = 0.3) -> np.ndarray:
         """Return the image with its detections of at least `min_score` drawn, uint8 RGB, with a legend of classes."""
         rows = np.column_stack([self.boxes[:, :2], self.boxes[:, 2:] - 1, self.scores, self.class_ids + 1])  # (D, 6)

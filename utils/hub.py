@@ -9,7 +9,6 @@ A repository holds one checkpoint, the test graph as MXNet loads it, the last sc
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout is used in place
 
 from core.cli import run
+from core.report.coco_files import read_json
 from core.run.atomic_file import atomic_file
 from core.run.experiment import GRAPH_FILE
 from core.trained import Trained, find_trained
@@ -109,7 +109,7 @@ def write_repository(trained: Trained, folder: Path, repo: str, licence: str | N
     shutil.copy(trained.path, folder / trained.path.name)
     with atomic_file(folder / GRAPH_FILE) as handle:
         handle.write(trained.config.ModelParam.test_symbol.tojson().encode())
-    for scores in sorted(trained.path.parent.glob("*_scores.json")):
+    for scores in _score_files(trained):
         shutil.copy(scores, folder / scores.name)
     with atomic_file(folder / CARD) as handle:
         handle.write(model_card(trained, repo, licence).encode())
@@ -133,7 +133,7 @@ def model_card(trained: Trained, repo: str, licence: str | None = None) -> str:
         "|---|---|",
         *facts,
         "",
-        *_scores(trained.path.parent),
+        *_scores(trained),
         "## Use",
         "",
         "```",
@@ -156,11 +156,17 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _scores(folder: Path) -> list[str]:
-    """Return a table of the scores of the tests in the experiment's folder; nothing if there are none."""
+def _score_files(trained: Trained) -> list[Path]:
+    """Return the scores in the experiment's folder that are of this checkpoint."""
+    files = sorted(trained.path.parent.glob("*_scores.json"))
+    return [path for path in files if read_json(path).get("checkpoint") == trained.path.name]
+
+
+def _scores(trained: Trained) -> list[str]:
+    """Return a table of the scores of the checkpoint's tests; nothing if there are none."""
     rows = []
-    for path in sorted(folder.glob("*_scores.json")):
-        scores = json.loads(path.read_bytes())["stats"]
+    for path in _score_files(trained):
+        scores = read_json(path)["stats"]
         rows.append(f"| {path.name.removesuffix('_scores.json')} | {scores['AP']:.3f} | {scores['AP50']:.3f} |")
     return ["## Scores", "", "| tested on | AP | AP50 |", "|---|---|---|", *rows, ""] if rows else []
 

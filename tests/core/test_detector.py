@@ -360,3 +360,16 @@ def test_load_config_knows_what_the_file_tests_on(data_root: Path) -> None:
     places = [f"DatasetParam.data_root={data_root}", "DatasetParam.image_set=demo_train"]
     config = load_config(DEMO, is_train=True, overrides=[*SMALL_NETWORK, *places])
     assert config.TestParam.image_set == ("demo_val",)
+
+
+def test_pictures_never_overwrite_images(experiment: Path, pictures: list[Path], tmp_path: Path) -> None:
+    content = pictures[0].read_bytes()
+    for name in ("a/x.jpg", "a/x-2.jpg", "b/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    folders = tmp_path / "a", tmp_path / "b"
+    with pytest.raises(ValueError, match="a picture would overwrite the image"):
+        detect("--experiment", experiment, "--images", *folders, "--out", folders[0])
+    assert (tmp_path / "a" / "x.jpg").read_bytes() == content
+    assert detect("--experiment", experiment, "--images", *folders, "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 3

@@ -39,7 +39,10 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_checkpoint(
         folder, "checkpoint-0003", weights, {}, progress, description=describe(config, [index], {"torch": "2"})
     )
-    (folder / "demo_val_scores.json").write_text(json.dumps({"stats": {"AP": 0.5, "AP50": 0.75}}))
+    (folder / "demo_val_scores.json").write_text(
+        json.dumps({"checkpoint": "checkpoint-0003.safetensors", "stats": {"AP": 0.5, "AP50": 0.75}})
+    )
+    (folder / "other_scores.json").write_text('{"checkpoint": "checkpoint-0002.safetensors"}')
     (folder / "log.jsonl").write_text(
         '{"event": "eval", "epoch": 2, "AP": 0.55}\n{"event": "eval", "epoch": 3, "AP": 0.5}\n'
     )
