@@ -66,12 +66,12 @@ def join(parts: Sequence[tuple[Tile, np.ndarray]], size: tuple[int, int], *, thr
         rows.append(shifted)
         is_cut.append(_ends_at_cut(shifted[:, :4], tile, size))
     found, cut_off = np.concatenate(rows), np.concatenate(is_cut)
-    kept: list[int] = []
-    for i in np.lexsort((-found[:, 4], cut_off)):
-        others = [k for k in kept if found[k, 5] == found[i, 5]]
-        if not _is_covered(found[i, :4], found[others, :4], bool(cut_off[i]), thr):
-            kept.append(int(i))
-    best = found[kept]
+    order = np.lexsort((-found[:, 4], cut_off))
+    is_kept = np.zeros(len(found), bool)
+    for cls in np.unique(found[:, 5]):
+        mine = order[found[order, 5] == cls]
+        is_kept[mine[_suppress(found[mine, :4], cut_off[mine], thr)]] = True
+    best = found[order[is_kept[order]]]
     return best[np.argsort(-best[:, 4], kind="stable")][:max_det]
 
 
@@ -85,12 +85,17 @@ def _ends_at_cut(boxes: np.ndarray, tile: Tile, size: tuple[int, int]) -> np.nda
     return at_cut | ((bottom < size[0]) & (y2 >= bottom - 1 - EDGE))
 
 
-def _is_covered(box: np.ndarray, others: np.ndarray, is_cut: bool, thr: float) -> bool:
-    """Return whether NMS drops a box (4,) for one of `others` (D, 4)."""
-    if not len(others):
-        return False
-    corners = np.column_stack([np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])])
-    sides = np.maximum(corners[:, 2:] - corners[:, :2] + 1, 0)
-    shared, area = sides.prod(axis=1), np.prod(box[2:] - box[:2] + 1)
-    union = area + (others[:, 2:] - others[:, :2] + 1).prod(axis=1) - shared
-    return bool((shared > thr * union).any() or (is_cut and (shared >= PART * area).any()))
+def _suppress(boxes: np.ndarray, cut_off: np.ndarray, thr: float) -> np.ndarray:
+    """Return (D,) bool, the boxes (D, 4) of one class that NMS keeps; they come in the order of their precedence."""
+    start, end = boxes[:, :2], boxes[:, 2:]
+    area = (end - start + 1).prod(axis=1)
+    is_kept = np.ones(len(boxes), bool)
+    for i in range(len(boxes)):
+        if not is_kept[i]:
+            continue
+        later = slice(i + 1, None)
+        sides = np.maximum(np.minimum(end[i], end[later]) - np.maximum(start[i], start[later]) + 1, 0)
+        shared = sides.prod(axis=1)
+        covered = shared > thr * (area[later] + area[i] - shared)
+        is_kept[later] &= ~(covered | (cut_off[later] & (shared >= PART * area[later])))
+    return is_kept
