@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from core.data.picture import IMAGE_SUFFIXES, files_below
 from core.detector import Detector, Found, Picture
 from core.report.evaluation import write_result
 from core.report.progress import progress
@@ -23,7 +24,6 @@ from core.run.atomic_file import atomic_file
 from core.trained import Trained
 
 RESULT = "detections.json"
-IMAGE_SUFFIXES = frozenset(Image.registered_extensions()) - {".pdf", ".mpg", ".mpeg"}
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 
 
@@ -52,7 +52,7 @@ def detect_files(
     names = _picture_names(images)
     if taken := {(out / name).resolve() for name in names} & {path.resolve() for path in (*images, *videos)}:
         raise ValueError(f"--out {out}: a picture would overwrite the image {min(taken)}; name another folder")
-    detector = Detector.of(trained, device, min_score=min_score, flip=flip)
+    detector = Detector(trained, device=device, min_score=min_score, flip=flip)
     for line in trained.notes:
         print(line)
     print(f"detecting with {trained.path}")
@@ -95,7 +95,7 @@ def find_files(paths: Sequence[str]) -> tuple[list[Path], list[Path]]:
         if path.is_file():
             found = [path]
         elif path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES]
+            found = files_below(path, IMAGE_SUFFIXES | VIDEO_SUFFIXES)
         else:
             found = [p for p in map(Path, sorted(glob.glob(given, recursive=True))) if p.is_file()]
         if not found:

@@ -25,19 +25,20 @@ import numpy as np
 import torch
 from PIL import Image
 
+from config.load import load_config
+from core.data.batch_reader import collate
 from core.data.image import read_picture
+from core.data.picture import picture_record
 from core.engine.device import parse_device
 from core.engine.engine import TorchEngine
 from core.inference import detect
 from core.report.draw import draw_detections
+from core.report.evaluation import detections_to_coco
 from core.tiles import Tile, cut, join
 from core.trained import Trained, find_trained
-from models.record import Batch, Record
 from operator_cxx.build import usable_cpus
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from config.schema import Config
 
 Picture = str | Path | np.ndarray | Image.Image
@@ -71,16 +72,17 @@ class Found:
 
     def draw(self, min_score: float = 0.3) -> np.ndarray:
         """Return the image with its detections of at least `min_score` drawn, uint8 RGB, with a legend of classes."""
-        rows = np.column_stack([self.boxes[:, :2], self.boxes[:, 2:] - 1, self.scores, self.class_ids + 1])  # (D, 6)
+        rows = np.column_stack([self._inclusive, self.scores, self.class_ids + 1])  # (D, 6)
         return draw_detections(self.image, None, rows, self.class_names, min_score=min_score)
 
     def to_coco(self, image_id: int = 0) -> list[dict[str, Any]]:
         """Return the detections as entries of COCO's result format: bbox is x, y, width, height."""
-        xywh = np.column_stack([self.boxes[:, :2], self.boxes[:, 2:] - self.boxes[:, :2]]).astype(np.float64)
-        return [
-            {"image_id": image_id, "category_id": self.category_ids[i], "bbox": box, "score": score}
-            for i, box, score in zip(self.class_ids.tolist(), xywh.tolist(), self.scores.tolist(), strict=True)
-        ]
+        return detections_to_coco(image_id, self._inclusive, self.scores, self.class_ids + 1, self.category_ids)
+
+    @property
+    def _inclusive(self) -> np.ndarray:
+        """(D, 4) float64 boxes with inclusive corners."""
+        return self.boxes.astype(np.float64) - (0, 0, 1, 1)
 
 
 class FoundList(list[Found]):
@@ -99,7 +101,8 @@ class FoundList(list[Found]):
 class Detector:
     """A trained detector, called with images. It may be called from several threads; they take turns.
 
-    source: an experiment's folder, whose newest checkpoint is used, or one checkpoint file.
+    source: an experiment's folder, whose newest checkpoint is used; one checkpoint file; or what
+        `core.trained.find_trained` found, with which config, half and settings have no effect.
     config: the config file, which only checkpoints without a description of their detector need (MXNet's .params).
     device: such as "cpu" or "cuda:0"; None: the first GPU if there is one.
     half: whether to compute in the half type that the detector was trained in, where the device has it. A detector that
@@ -115,7 +118,7 @@ class Detector:
 
     def __init__(
         self,
-        source: str | Path,
+        source: str | Path | Trained,
         *,
         config: str | Path | None = None,
         device: str | torch.device | None = None,
@@ -125,45 +128,20 @@ class Detector:
         flip: bool = False,
         settings: Sequence[str] = (),
     ) -> None:
-        overrides = [*settings, *([] if half else ["General.fp16=False", "General.bf16=False"])]
-        given = None
-        if config is not None:
-            from config.load import load_config
-
-            given = load_config(config, is_train=False, overrides=overrides)
-        trained = find_trained(source, given, overrides=overrides)
-        self._set_up(trained, parse_device(device), min_score, batch_image, flip)
-
-    @classmethod
-    def of(
-        cls,
-        trained: Trained,
-        device: torch.device,
-        *,
-        min_score: float = 0.0,
-        batch_image: int | None = None,
-        flip: bool = False,
-    ) -> Detector:
-        """Return the detector of a checkpoint that has been found."""
-        detector = cls.__new__(cls)
-        detector._set_up(trained, device, min_score, batch_image, flip)
-        return detector
-
-    def _set_up(
-        self, trained: Trained, device: torch.device, min_score: float, batch_image: int | None, flip: bool
-    ) -> None:
         if not 0 <= min_score <= 1:
             raise ValueError(f"min_score: expected a number from 0 to 1, got {min_score}")
         if batch_image is not None and batch_image < 1:
             raise ValueError(f"batch_image: expected 1 or more images, got {batch_image}")
+        overrides = [*settings, *([] if half else ["General.fp16=False", "General.bf16=False"])]
+        trained = source if isinstance(source, Trained) else _find(source, config, overrides)
         weights, _, _ = trained.weights()
         self.config: Config = trained.config
-        self.device = device
+        self.device = parse_device(device)
         self.class_names = trained.class_names
         self.category_ids = trained.category_ids
         self.min_score = min_score
-        self.batch_image = batch_image or (8 if device.type == "cuda" else 1)
-        self._network, _ = TorchEngine().build_detector(self.config, weights, device, trained.path)
+        self.batch_image = batch_image or (8 if self.device.type == "cuda" else 1)
+        self._network, _ = TorchEngine().build_detector(self.config, weights, self.device, trained.path)
         self._flip = flip
         self._lock = threading.Lock()
 
@@ -247,43 +225,23 @@ class Detector:
 
     def _detect_arrays(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return the detections (D, 6) float32 of each image: inclusive xyxy, score, class 1..K."""
-        records = [self._prepare(pixels, number) for number, pixels in enumerate(arrays)]
+        transforms = self.config.test_transform.sample
+        records = [picture_record(pixels, number, transforms) for number, pixels in enumerate(arrays)]
         records.sort(key=lambda record: record["image"].shape)  # a batch has one orientation
         found: dict[int, np.ndarray] = {}
         for _, group in groupby(records, key=lambda record: record["image"].shape):
             alike = list(group)
             batches = (alike[i : i + self.batch_image] for i in range(0, len(alike), self.batch_image))
             with self._lock:
-                for image in detect(self.config, self._network, map(_batch, batches), self.device, self._flip):
+                for image in detect(self.config, self._network, map(collate, batches), self.device, self._flip):
                     rows = np.column_stack([image.bbox, image.score, image.cls])
                     found[image.im_id] = rows.astype(np.float32).reshape(-1, 6)
         return [found[number] for number in range(len(arrays))]
 
-    def _prepare(self, pixels: np.ndarray, number: int) -> Record:
-        record: Record = {
-            "image_path": "",
-            "im_id": np.array(number, np.int64),
-            "image": pixels,
-            "h": pixels.shape[0],
-            "w": pixels.shape[1],
-            "gt_bbox": np.empty((0, 5), np.float32),
-            "flipped": False,
-        }
-        for transform in self.config.test_transform.sample[1:]:  # the first one reads the file
-            transform.apply(record)
-        return record
 
-
-def _batch(records: Sequence[Record]) -> Batch:
-    def stacked(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([record[name] for record in records]))  # type: ignore[literal-required]
-
-    return {
-        "files": [record["image_path"] for record in records],
-        "im_id": stacked("im_id"),
-        "image": stacked("image"),
-        "im_info": stacked("im_info"),
-    }
+def _find(source: str | Path, config: str | Path | None, overrides: Sequence[str]) -> Trained:
+    given = None if config is None else load_config(config, is_train=False, overrides=overrides)
+    return find_trained(source, given, overrides=overrides)
 
 
 def _read_ahead(images: Iterable[Picture], ahead: int) -> Iterator[tuple[Picture, Future[np.ndarray]]]:

@@ -61,7 +61,7 @@ def detector_side(config: Config, weights: Mapping[str, Tensor], folder: Path, i
     """Return the side of `core.detector.Detector`."""
     progress = Progress(epoch=1, step=1, seed=0, experiment="random")
     path = save_checkpoint(folder, "checkpoint-0001", weights, {}, progress).weights
-    detector = Detector.of(find_trained(path, config), torch.device("cpu"))
+    detector = Detector(find_trained(path, config), device="cpu", min_score=0)
     return lambda: len(detector(image))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,9 +40,9 @@ class BatchReader(Dataset[Any]):
             if isinstance(record, Failure):
                 return record
             records.append(record)
-        batch = _collate(records)
-        if isinstance(batch, Failure):
-            return batch
+        if (problem := _mixed_shapes(records)) is not None:
+            return Failure(problem)
+        batch: dict[str, Any] = {**collate(records)}
         if not shard.samples:
             batch = {name: value[:0] for name, value in batch.items()}
         return cast(Batch, batch | {"skipped": list(skipped.items())})
@@ -74,16 +74,24 @@ def too_many_bad_images(skipped: Mapping[str, str], limit: int) -> str:
     )
 
 
-def _collate(records: list[Record]) -> dict[str, Any] | Failure:
-    batch: dict[str, Any] = {"files": [record["image_path"] for record in records]}
+def collate(records: Sequence[Record]) -> Batch:
+    """Return records whose arrays have equal shapes as a batch: arrays are stacked to tensors, paths become files."""
+    arrays = [name for name, value in records[0].items() if isinstance(value, np.ndarray)]
+    stacked = {name: torch.from_numpy(np.stack(_column(records, name))) for name in arrays}
+    return cast(Batch, {"files": [record["image_path"] for record in records], **stacked})
+
+
+def _column(records: Sequence[Record], name: str) -> list[np.ndarray]:
+    return [record[name] for record in records]  # type: ignore[literal-required]
+
+
+def _mixed_shapes(records: Sequence[Record]) -> str | None:
+    """Return the problem with records whose arrays have different shapes."""
     for name, first in records[0].items():
-        if isinstance(first, np.ndarray):
-            values: list[np.ndarray] = [record[name] for record in records]  # type: ignore[literal-required]
-            shapes = {value.shape for value in values}
-            if len(shapes) > 1:
-                return Failure(
-                    f"{', '.join(batch['files'])}: {name!r} has the shapes {sorted(shapes)} in one batch; "
-                    f"the last sample transform should be Pad2DImageBbox"
-                )
-            batch[name] = torch.from_numpy(np.stack(values))
-    return batch
+        shapes = {value.shape for value in _column(records, name)} if isinstance(first, np.ndarray) else set()
+        if len(shapes) > 1:
+            return (
+                f"{', '.join(record['image_path'] for record in records)}: {name!r} has the shapes {sorted(shapes)} "
+                "in one batch; the last sample transform should be Pad2DImageBbox"
+            )
+    return None

@@ -10,24 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from PIL import Image
-
 from config.image_set import ImageSet, resolve
+from core.data.batch_reader import collate
 from core.data.coco_index import CocoIndex, open_index
 from core.data.dataset import DetectionDataset, Failure
+from core.data.image import read_picture
+from core.data.picture import files_below, picture_record
 from core.export.certificate import Score
 from core.report.evaluation import can_evaluate, evaluate
-from models.record import Batch, Record
+from models.record import Batch
 
 if TYPE_CHECKING:
     from config.schema import Config
     from core.inference import Detections
-
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_ORIENTATION = 0x0112  # the EXIF tag
-_TRANSPOSED = (5, 6, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ def of_image_set(config: Config, image_set: str | ImageSet, portrait: bool, most
         record = dataset[0, row]
         if isinstance(record, Failure):
             raise ValueError(record.message)
-        batches.append(_batch(record))
+        batches.append(collate([record]))
     scored = can_evaluate() and index.has_annotation and any(index.has_box[rows])
     return Images(index.image_set.name, batches, _scorer(config, index, batches) if scored else None)
 
@@ -65,48 +60,18 @@ def of_folder(config: Config, folder: Path, portrait: bool, most: int) -> Images
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    paths = files_below(folder)
     if not paths:
-        raise ValueError(f"{folder} has no image ({', '.join(SUFFIXES)}): give a folder of images")
-    records = (_record(path, number) for number, path in enumerate(paths))
-    fitting = (record for record in records if _fits(config, record["h"] >= record["w"], portrait))
-    batches = []
-    for record in itertools.islice(fitting, most):
-        for transform in config.test_transform.sample:
-            transform.apply(record)
-        batches.append(_batch(record))
-    return Images(str(folder), batches, None)
+        raise ValueError(f"{folder} has no image: give a folder of images")
+    pictures = ((number, path, read_picture(path)) for number, path in enumerate(paths))
+    fitting = (one for one in pictures if _fits(config, one[2].shape[0] >= one[2].shape[1], portrait))
+    transforms = config.test_transform.sample
+    records = (picture_record(pixels, number, transforms, str(path)) for number, path, pixels in fitting)
+    return Images(str(folder), [collate([record]) for record in itertools.islice(records, most)], None)
 
 
 def _fits(config: Config, is_portrait: bool, portrait: bool) -> bool:
     return is_portrait == portrait or config.ResizeParam.short == config.ResizeParam.long
-
-
-def _record(path: Path, number: int) -> Record:
-    try:
-        with Image.open(path) as file:
-            width, height = file.size
-            if file.getexif().get(_ORIENTATION) in _TRANSPOSED:
-                width, height = height, width
-    except Exception as error:  # Pillow's decoders raise errors of many types for damaged files
-        raise ValueError(f"cannot read image {path}: {error}; remove it, or fetch it again") from error
-    return {
-        "im_id": np.array(number, np.int64),
-        "image_path": str(path),
-        "h": height,
-        "w": width,
-        "gt_bbox": np.empty((0, 5), np.float32),
-        "flipped": False,
-    }
-
-
-def _batch(record: Record) -> Batch:
-    return {
-        "files": [record["image_path"]],
-        "im_id": torch.from_numpy(record["im_id"])[None],
-        "image": torch.from_numpy(record["image"])[None],
-        "im_info": torch.from_numpy(record["im_info"])[None],
-    }
 
 
 def _scorer(config: Config, index: CocoIndex, batches: Sequence[Batch]) -> Score:
