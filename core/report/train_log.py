@@ -112,14 +112,8 @@ def append_event(folder: Path, name: str, **values: Any) -> None:
 
 def best_scores(folder: Path) -> dict[str, Any] | None:
     """Return the evaluation with the highest AP in the log of the run in `folder`; None if there is none."""
-    try:
-        lines = (folder / LOG_LINES).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    records = []
-    for line in lines:
-        with suppress(ValueError):  # the last line of a run that was killed
-            records.append(json.loads(line))
+    path = folder / LOG_LINES
+    records = _read_records(path) if path.is_file() else []
     evaluations = [one for one in records if one.get("event") == "eval"]
     return max(evaluations, key=lambda one: one["AP"], default=None)
 
@@ -177,14 +171,16 @@ def _drop_records_after(path: Path, epoch: float) -> list[dict[str, Any]]:
     """Remove later records from the file; returns those that are kept."""
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
-        if 0 < epoch >= record.get("epoch", 0) - 1e-7:
-            kept.append(record)
+    kept = [record for record in _read_records(path) if 0 < epoch >= record.get("epoch", 0) - 1e-7]
     with atomic_file(path) as file:
         file.writelines(json.dumps(record).encode() + b"\n" for record in kept)
     return kept
+
+
+def _read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a log; an incomplete line, the last one of a run that was killed, is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return records
