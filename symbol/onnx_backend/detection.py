@@ -12,7 +12,7 @@ from operator_cxx.anchor import base_anchors, grid_anchors
 from operator_cxx.reference.box import MAX_LOG_RATIO
 from symbol.onnx_backend.registry import lowers
 from symbol.onnx_backend.writer import Value, Writer
-from symbol.ops.row import Attrs
+from symbol.ops.detection import PLAIN_PROPOSAL, is_plain_proposal
 
 
 @lowers("_contrib_GenAnchor")
@@ -31,15 +31,10 @@ def gen_anchor(
     return writer.constant(grid_anchors(H, W, feature_stride, base).numpy(), name=writer.scope)
 
 
-def _refuse_proposal(attrs: Attrs) -> bool:
-    plain_deltas = not any(attrs["anchor_mean"]) and set(attrs["anchor_std"]) <= {1.0}
-    return attrs["iou_loss"] or attrs["batch_wise_anchor"] or not attrs["output_one_hot"] or not plain_deltas
-
-
 @lowers(
     "_contrib_GenProposalRetina",
-    refuses=_refuse_proposal,
-    only="plain deltas (anchor_mean 0, anchor_std 1), one-hot scores, one anchor set",
+    refuses=lambda attrs: not is_plain_proposal(attrs),
+    only=PLAIN_PROPOSAL,
 )
 def gen_proposal_retina(
     writer: Writer,

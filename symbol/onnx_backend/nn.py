@@ -8,6 +8,7 @@ import numpy as np
 
 from symbol.onnx_backend.registry import lowers
 from symbol.onnx_backend.writer import Value, Writer
+from symbol.ops.nn import is_common_pooling
 from symbol.ops.row import Attrs
 
 
@@ -58,11 +59,8 @@ def activation(writer: Writer, data: Value, *, act_type: str, **_: Any) -> str:
 
 
 def _refuse_pooling(attrs: Attrs) -> bool:
-    return (
-        attrs["pool_type"] in ("lp", "sum")
-        or attrs["pooling_convention"] == "same"
-        or attrs["count_include_pad"] == "False"
-        or (attrs["pool_type"] == "avg" and attrs["pooling_convention"] == "full" and not attrs["global_pool"])
+    return not is_common_pooling(attrs) or (
+        attrs["pool_type"] == "avg" and attrs["pooling_convention"] == "full" and not attrs["global_pool"]
     )
 
 

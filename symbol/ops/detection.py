@@ -34,6 +34,15 @@ def _gen_proposal_retina_shapes(attrs: Attrs, ins: Shapes, outs: Shapes) -> tupl
     return [prob, (n, num_anchors * 4, h, w), (n, 3), anchors], [(n, top_n, 4), (n, top_n, classes)]
 
 
+PLAIN_PROPOSAL = "plain deltas (anchor_mean 0, anchor_std 1), one-hot scores, one anchor set"
+
+
+def is_plain_proposal(attrs: Attrs) -> bool:
+    """Return whether a proposal decodes as PLAIN_PROPOSAL says, which is all that our back ends do."""
+    plain_deltas = not any(attrs["anchor_mean"]) and set(attrs["anchor_std"]) <= {1.0}
+    return plain_deltas and attrs["output_one_hot"] and not attrs["iou_loss"] and not attrs["batch_wise_anchor"]
+
+
 ROWS = (
     Op(
         "_contrib_GenAnchor",

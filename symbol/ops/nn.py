@@ -162,6 +162,13 @@ _BATCH_NORM: dict[str, Any] = {
     "saves": _batch_norm_saves,
 }
 
+
+def is_common_pooling(attrs: Attrs) -> bool:
+    """Return whether pooling is one that every back end has: max or padded average, of convention valid or full."""
+    plain = attrs["pool_type"] in ("max", "avg") and attrs["pooling_convention"] in ("valid", "full")
+    return plain and attrs["count_include_pad"] != "False"
+
+
 ROWS = (
     Op(
         "Convolution",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from operator_cxx.anchor import base_anchors, grid_anchors
 from operator_cxx.retina_decode import retina_decode
-from symbol.ops.row import Attrs
+from symbol.ops.detection import PLAIN_PROPOSAL, is_plain_proposal
 from symbol.torch_backend.registry import lowers
 
 
@@ -24,15 +24,10 @@ def gen_anchor(cls_prob: Tensor, base: Tensor, *, feature_stride: int, **_: Any)
     return grid_anchors(cls_prob.shape[2], cls_prob.shape[3], feature_stride, base, cls_prob.device)
 
 
-def _refuse_proposal(attrs: Attrs) -> bool:
-    plain_deltas = not any(attrs["anchor_mean"]) and set(attrs["anchor_std"]) <= {1.0}
-    return attrs["iou_loss"] or attrs["batch_wise_anchor"] or not attrs["output_one_hot"] or not plain_deltas
-
-
 @lowers(
     "_contrib_GenProposalRetina",
-    refuses=_refuse_proposal,
-    only="plain deltas (anchor_mean 0, anchor_std 1), one-hot scores, one anchor set",
+    refuses=lambda attrs: not is_plain_proposal(attrs),
+    only=PLAIN_PROPOSAL,
 )
 def gen_proposal_retina(
     cls_prob: Tensor,

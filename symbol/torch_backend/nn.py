@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from symbol.ops.nn import is_common_pooling
 from symbol.ops.row import Attrs
 from symbol.torch_backend.registry import lowers
 
@@ -55,12 +56,7 @@ def activation(data: Tensor, *, act_type: str) -> Tensor:
 
 def _refuse_pooling(attrs: Attrs) -> bool:
     half_padded = all(2 * pad <= kernel for pad, kernel in zip(attrs["pad"], attrs["kernel"], strict=False))
-    return (
-        attrs["pool_type"] in ("lp", "sum")
-        or attrs["pooling_convention"] == "same"
-        or attrs["count_include_pad"] == "False"
-        or not half_padded
-    )
+    return not is_common_pooling(attrs) or not half_padded
 
 
 @lowers(
