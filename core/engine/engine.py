@@ -17,7 +17,8 @@ from core.engine.device import available_gpus, require_gpus, select_device
 from core.engine.out_of_memory import explain_out_of_memory
 from core.engine.precision import configure_arithmetic, precision
 from core.engine.trainer import Trainer, build_trainer
-from core.weights.checkpoint import Checkpoint, require_fit
+from core.weights.checkpoint import Checkpoint
+from core.weights.fit import require_fit
 from symbol import Symbol
 from symbol.passes import in_precision
 from symbol.torch_backend import lower_for_inference

@@ -17,7 +17,8 @@ from core.distributed.launch import torchrun
 from core.distributed.process_group import ProcessGroup, launched_size
 from core.engine_mxnet.graph import contexts, load_symbol
 from core.engine_mxnet.trainer import MxnetTrainer, build_trainer
-from core.weights.checkpoint import Checkpoint, require_fit
+from core.weights.checkpoint import Checkpoint
+from core.weights.fit import require_fit
 from operator_cxx.mxnet_ops import load_mxnet
 from symbol.passes import in_precision
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from core.weights.checkpoint import Checkpoint, Progress, keep_fitting, load_weights, require_fit
+from core.weights.checkpoint import Checkpoint, Progress, load_weights
+from core.weights.fit import keep_fitting, require_fit
 from core.weights.params_file import SUFFIX, read_params
 from core.weights.pretrain import find_backbone, load_backbone
 from core.weights.simpledet_weights import from_simpledet

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from core.weights.backbone_names import depth_of, has_exported_bottlenecks, is_ignored, is_ours, norm_after, rename
-from core.weights.checkpoint import check_fit, read_tensors
+from core.weights.checkpoint import read_tensors
+from core.weights.fit import check_fit
 from core.weights.params_file import read_params
 from models.backbone.resnet import Variant, default_prefix
 

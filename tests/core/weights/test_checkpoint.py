@@ -19,17 +19,15 @@ from core.weights.checkpoint import (
     FORMAT_VERSION,
     Checkpoint,
     Progress,
-    check_fit,
     epoch_stem,
     find_weights,
-    keep_fitting,
     latest,
     load_weights,
     read_tensors,
-    require_fit,
     save_checkpoint,
     step_stem,
 )
+from core.weights.fit import check_fit, keep_fitting, require_fit
 
 SHAPES = {"conv0_weight": (64, 3, 7, 7), "bn0_gamma": (64,), "bn0_moving_var": (64,)}
 SIZE = 4 * (64 * 3 * 7 * 7 + 64 + 64)  # bytes of the weights

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import symbol as S
 from config.load import load_config
 from config.schema import Config, NormalizeParam
-from core.weights.checkpoint import require_fit
 from core.weights.first_weights import load_given_weights, shapes_of
+from core.weights.fit import require_fit
 from core.weights.params_file import write_params
 from core.weights.simpledet_weights import from_simpledet, neck_norm_name
 from symbol.layers import normalizer_factory
